@@ -1,0 +1,76 @@
+"""Which implementation of the row functions runs: Triton or torch. Says which and why; never falls back
+silently."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+VARIABLE = "GRPO_FAST_BACKEND"
+
+
+class Backend(NamedTuple):
+    """The three row functions, from `kernels/` or `torch_backend.py`, and why these."""
+
+    name: str
+    reason: str
+    logprob_fwd: Callable
+    logprob_bwd: Callable
+    policy: Callable
+
+
+def _choose(device: torch.device) -> tuple[str, str]:
+    asked = os.environ.get(VARIABLE, "auto").lower() or "auto"
+    if asked not in ("auto", "torch", "triton"):
+        raise ValueError(f"{VARIABLE} must be auto, torch or triton, got {asked!r}.")
+    if asked == "torch":
+        return "torch", f"{VARIABLE}=torch"
+    has_triton = importlib.util.find_spec("triton") is not None
+    accelerator = device.type in ("cuda", "xpu")
+    if asked == "auto" and not accelerator:
+        return "torch", f"Triton has no {device.type} code generator"
+    if asked == "auto" and device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (7, 0):
+            return "torch", f"Triton needs compute capability 7.0, {device} has {capability}"
+    if not has_triton:
+        raise RuntimeError(
+            f"tensors on {device} use the Triton kernels, but triton is not installed: pip install "
+            f"triton, or set {VARIABLE}=torch."
+        )
+    if not accelerator and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"{VARIABLE}=triton with tensors on {device} needs Triton's interpreter: set "
+            "TRITON_INTERPRET=1 before Python starts."
+        )
+    where = "Triton's interpreter" if not accelerator else f"a {device.type} device"
+    return "triton", f"{VARIABLE}={asked}, {where}"
+
+
+def select(device: torch.device | str) -> Backend:
+    """The backend for tensors on a device, by the device and GRPO_FAST_BACKEND (auto, torch, triton).
+
+    Raises:
+        ValueError: GRPO_FAST_BACKEND is none of the three.
+        RuntimeError: Triton is wanted and cannot run there; the message says what to do.
+    """
+    name, reason = _choose(torch.device(device))
+    if name == "torch":
+        from . import torch_backend as rows
+
+        return Backend(name, reason, rows.logprob_fwd, rows.logprob_bwd, rows.policy)
+    from grpo_fast.kernels import logprob, policy
+
+    return Backend(name, reason, logprob.logprob_fwd, logprob.logprob_bwd, policy.policy)
+
+
+def explain(device: torch.device | str | None = None) -> str:
+    """One line: the backend for a device (default: the GPU when there is one) and the reason."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name, reason = _choose(torch.device(device))
+    return f"{name} on {device} ({reason})"

@@ -1,0 +1,135 @@
+"""One call of a loss without its vocabulary-sized tensors: checked, flattened to (N,), 0 where masked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import inputs, objectives
+from .config import LossConfig
+from .inputs import Rows
+from .weights import boundaries, spread, token_weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Everything of a call that is not vocabulary-sized, flattened to (N,), 0 where masked."""
+
+    rows: Rows
+    bounds: Tensor | None
+    """(S+1,) int64 sequence boundaries; None when nothing needs them."""
+    advantages: Tensor
+    weights: Tensor
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    config: LossConfig
+
+    def listed(self, index: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
+        """The per-token tensors of the rows in index, in the order of index."""
+        fields = {
+            "advantages": self.advantages,
+            "weights": self.weights,
+            "old_logp": self.old_logp,
+            "ref_logp": self.ref_logp,
+        }
+        if index is not None:
+            fields = {k: None if v is None else v[index] for k, v in fields.items()}
+        return {k: None if v is None else v.to(dtype) for k, v in fields.items()}
+
+
+def objective_arguments(config: LossConfig) -> dict[str, object]:
+    """The arguments of the policy row function that come from the configuration."""
+    return {
+        "token_loss": objectives.token_loss,
+        "objective": getattr(objectives, config.preset.objective),
+        "kl": getattr(objectives, config.kl_estimator),
+        "through_ratio": config.preset.through_ratio,
+        "weight_kl": config.use_bias_correction_kl,
+        "bounds": (*config.ratio_bounds, config.ratio_cap),
+        "beta": config.beta,
+    }
+
+
+def prepare(
+    shape: tuple[int, ...],
+    V: int,
+    device: torch.device,
+    *,
+    ids: Tensor,
+    advantages: Tensor,
+    config: LossConfig,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    denominator: Tensor | float | int | None,
+) -> Batch:
+    """Check everything beside the head or the logits, with one host sync, and flatten it."""
+    if not isinstance(config, LossConfig):
+        inputs.fail("config", "a LossConfig", inputs.describe(config))
+    inputs.check_cu_seqlens(cu_seqlens, shape, device)
+    by_sequence = config.importance_sampling_level == "sequence"
+    needs_bounds = by_sequence or config.preset.weights == "sequence_mean"
+    needs_count = config.preset.weights != "token_mean" and denominator is None
+    if len(shape) == 1 and cu_seqlens is None and (needs_bounds or needs_count):
+        what = f"(S+1,) boundaries for {config.loss_type} on packed (N,) input"
+        inputs.fail("cu_seqlens", what, None)
+    token_advantages = _advantages(advantages, shape, device, cu_seqlens)
+    _check_denominator(denominator)
+    if config.beta > 0 and ref_logp is None:
+        inputs.fail("ref_logp", f"reference log-probs {shape}, since beta = {config.beta}", None)
+    useful = None
+    if not (config.beta > 0 or by_sequence):
+        useful = token_advantages != 0
+    rows = inputs.flatten(ids, mask, V, shape, device, useful)
+    flat = rows.mask
+    bounds = None
+    if len(shape) == 2 or cu_seqlens is not None:
+        bounds = boundaries(flat.view(shape), cu_seqlens)
+    return Batch(
+        rows,
+        bounds,
+        torch.where(flat, token_advantages, torch.zeros_like(token_advantages)),
+        token_weights(config, flat, bounds, denominator, token_advantages.dtype),
+        inputs.per_token("old_logp", old_logp, shape, flat),
+        inputs.per_token("ref_logp", ref_logp, shape, flat),
+        config,
+    )
+
+
+def _advantages(
+    advantages: Tensor, shape: tuple[int, ...], device: torch.device, cu_seqlens: Tensor | None
+) -> Tensor:
+    """(B,), (B, T), (S,) or (N,) advantages -> (N,) fp32."""
+    allowed = {shape}
+    if len(shape) == 2:
+        allowed.add((shape[0],))
+    elif cu_seqlens is not None:
+        allowed.add((cu_seqlens.numel() - 1,))
+    good = isinstance(advantages, Tensor) and tuple(advantages.shape) in allowed
+    if not good or advantages.device != device or not advantages.is_floating_point():
+        expected = " or ".join(str(s) for s in sorted(allowed, key=len))
+        got = inputs.describe(advantages)
+        inputs.fail("advantages", f"floating-point tensor {expected} on {device}", got)
+    if not advantages.is_contiguous():
+        strides = f"strides {advantages.stride()}"
+        inputs.fail("advantages", "a contiguous tensor (call .contiguous())", strides)
+    flat = advantages.detach()
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    if tuple(advantages.shape) == shape:
+        return flat.reshape(-1)
+    if len(shape) == 2:
+        return flat[:, None].expand(shape).reshape(-1)
+    return spread(flat, cu_seqlens.to(device=device, dtype=torch.int64), shape[0])
+
+
+def _check_denominator(denominator: Tensor | float | int | None) -> None:
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            inputs.fail("denominator", "one number", inputs.describe(denominator))
+    elif denominator is not None:
+        number = isinstance(denominator, (int, float)) and not isinstance(denominator, bool)
+        if not number or not (0 < denominator < float("inf")):
+            inputs.fail("denominator", "None or a finite number > 0", repr(denominator))

@@ -1,0 +1,184 @@
+"""The chunk loop: rows of hidden states -> logits, one workspace at a time. It exists once, here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .backend import Backend
+from .inputs import fail
+
+# Rows of a GEMM are padded to a multiple of this. MKL switches kernels, and with them the order of the
+# sums, at 1, 2, 3, 5, 7 and 9 rows; multiples of 16 gave bit-equal rows for every batch tried.
+ROW_MULTIPLE = 16
+# 1,024 rows of a 152k vocabulary are 0.6 GiB in fp32; under 1,024 rows dweight traffic outweighs the GEMMs
+DEFAULT_WORKSPACE = {"cpu": 128 << 20, "cuda": 1 << 30}
+# scratch of the torch rows (4 blocks of 4 MiB) and one upcast weight slice
+FIXED_BYTES = 24 << 20
+
+
+def round_up(n: int) -> int:
+    """n to the next multiple of ROW_MULTIPLE."""
+    return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+@contextmanager
+def no_autocast(device: torch.device) -> Iterator[None]:
+    """Products inside choose their own precision."""
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+@dataclass
+class Chunk:
+    """One visit of the loop."""
+
+    rows: slice
+    """Its place among the listed rows."""
+    hidden: Tensor
+    """(n, H) hidden states."""
+    logits: Tensor
+    """(1, n, V) fp32 in the workspace; the caller may overwrite it."""
+
+
+@dataclass
+class LinearHead:
+    """hidden (N, H) and the lm_head of one call, with the workspace its logits live in."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    backend: Backend
+    workspace_bytes: int | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    temperature: float = 1.0
+    dtype: torch.dtype = field(init=False)
+    """fp32, or fp64 for fp64 inputs: logits, statistics and accumulators."""
+    chunk_rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
+        if self.hidden.dtype != self.weight.dtype and self.hidden.is_cuda:
+            # autocast: the product runs in its dtype; the gradient still returns in fp32
+            narrow = torch.get_autocast_dtype("cuda")
+            self.hidden, self.weight = self.hidden.to(narrow), self.weight.to(narrow)
+            self.dtype = torch.float32
+        V, H = self.weight.shape
+        budget = self.workspace_bytes
+        if budget is None:
+            budget = DEFAULT_WORKSPACE.get(self.hidden.device.type, 128 << 20)
+        width = self.dtype.itemsize
+        per_row = width * (V + 3 * H)
+        least = FIXED_BYTES + ROW_MULTIPLE * per_row
+        if not isinstance(budget, int) or budget < least:
+            fail("workspace_bytes", f"an integer >= {least} for V = {V}, H = {H}", repr(budget))
+        rows = (budget - FIXED_BYTES) // per_row
+        step = 64 if rows >= 64 else ROW_MULTIPLE
+        self.chunk_rows = min(rows // step * step, round_up(max(1, self.hidden.shape[0])))
+
+    @property
+    def transform(self) -> dict[str, float | None]:
+        """Arguments of the row functions that turn a stored logit into z."""
+        return {
+            "inv_temperature": 1.0 / self.temperature,
+            "scale": self.logit_scale,
+            "softcap": self.softcap,
+        }
+
+    @property
+    def narrow(self) -> torch.dtype | None:
+        """Type in which the kernels leave dlogits for the tensor cores; None when it stays fp32."""
+        low = self.weight.dtype in (torch.float16, torch.bfloat16)
+        return self.weight.dtype if low and self.backend.name == "triton" else None
+
+    def chunks(self, index: Tensor | None, n: int) -> Iterator[Chunk]:
+        """Logits of the n rows listed by index (None: rows 0 to n), a workspace at a time."""
+        if n == 0:
+            return
+        V, H = self.weight.shape
+        size = min(self.chunk_rows, round_up(n))
+        buffer = torch.empty(size, V, dtype=self.dtype, device=self.hidden.device)
+        for start in range(0, n, size):
+            k = min(size, n - start)
+            padded = round_up(k)
+            if index is None and k == padded:
+                hidden = self.hidden[start : start + k]
+            else:
+                hidden = self.hidden.new_zeros(padded, H)
+                part = slice(start, start + k)
+                hidden[:k] = self.hidden[part] if index is None else self.hidden[index[part]]
+            gemm.project(hidden, self.weight, self.bias, buffer[:padded])
+            yield Chunk(slice(start, start + k), hidden[:k], buffer[None, :k])
+
+    def gradient_view(self, logits: Tensor) -> Tensor:
+        """Where a row kernel leaves dlogits: over the logits, in their bytes as the narrow type if any."""
+        if self.narrow is None:
+            return logits
+        return logits.view(self.narrow)[..., : self.weight.shape[0]]
+
+
+@dataclass
+class HeadGradients:
+    """fp32 accumulators of dhidden, dweight and dbias; one downcast each, at the end."""
+
+    head: LinearHead
+    needs: tuple[bool, bool, bool]
+    scale: Tensor | None = None
+    """Power of two by which the upstream gradient was multiplied to survive fp16, 0-d; None for 1."""
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        head, dtype = self.head, self.head.dtype
+        if self.needs[0]:
+            # rows are written once by one full-width GEMM each, so nothing is accumulated here
+            self.dhidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+        if self.needs[1]:
+            # fp32 (V, H) whatever the weight is stored in: summed over chunks, downcast in `finish`
+            self.dweight = torch.zeros_like(
+                head.weight, dtype=dtype, memory_format=torch.contiguous_format
+            )
+        if self.needs[2]:
+            self.dbias = torch.zeros(head.weight.shape[0], dtype=dtype, device=head.hidden.device)
+
+    def add(self, chunk: Chunk, dlogits: Tensor, index: Tensor | None) -> None:
+        """Add the products of one chunk: dlogits (1, n, V) in the memory of its logits."""
+        dlogits = dlogits[0]
+        if self.dhidden is not None:
+            out = torch.empty(chunk.hidden.shape, dtype=self.head.dtype, device=chunk.hidden.device)
+            gemm.input_gradient(dlogits, self.head.weight, out)
+            if self.scale is not None:
+                out.div_(self.scale)
+            where = chunk.rows if index is None else index[chunk.rows]
+            self.dhidden[where] = out.to(self.dhidden.dtype)
+        if self.dweight is not None:
+            gemm.weight_gradient(dlogits, chunk.hidden, self.dweight)
+        if self.dbias is not None:
+            self.dbias += dlogits.sum(0, dtype=self.head.dtype)
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dhidden in the dtype of hidden; dweight and dbias still in fp32, with the scale taken out."""
+        if self.scale is not None:
+            for grad in (self.dweight, self.dbias):
+                if grad is not None:
+                    grad.div_(self.scale)
+        return self.dhidden, self.dweight, self.dbias
+
+
+def fp16_scale(head: LinearHead, upstream: Tensor) -> Tensor | None:
+    """Power of two that lifts the largest |upstream| near 1, for fp16 dlogits; None for other types.
+
+    A token's gradient is near 1 / tokens: times a probability it falls below fp16's 6e-8.
+    """
+    if head.narrow != torch.float16:
+        return None
+    peak = upstream.abs().amax()
+    usable = torch.isfinite(peak) & (peak > 0)
+    return torch.exp2(-torch.floor(torch.log2(torch.where(usable, peak, torch.ones_like(peak)))))

@@ -1,0 +1,65 @@
+"""The three matrix products of the lm_head, with fp32 results whatever the operands are stored in.
+
+fp32 (and fp64) operands use `torch.mm` as it is. bf16 and fp16 operands on CUDA go to the tensor cores
+with fp32 output, `out_dtype`; elsewhere they are upcast a slice of the vocabulary at a time, which gives
+the same numbers (a product of two bf16 numbers is exact in fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# fp32 bytes of the weight slice that is upcast at a time where there is no mixed-precision GEMM
+SLICE_BYTES = 8 << 20
+
+
+def _slices(weight: Tensor) -> Iterator[slice]:
+    step = max(1, SLICE_BYTES // (4 * weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, min(start + step, weight.shape[0]))
+
+
+def _mixed(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """True when the GEMM itself can take these operands to this output."""
+    return a.is_cuda and a.dtype == b.dtype and a.dtype != out.dtype
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out (n, V) = hidden (n, H) @ weight.T (H, V) + bias (V,); out is fp32 or fp64."""
+    if hidden.dtype == weight.dtype == out.dtype:
+        torch.mm(hidden, weight.t(), out=out)
+    elif _mixed(hidden, weight, out):
+        torch.mm(hidden, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        upcast = hidden.to(out.dtype)
+        for part in _slices(weight):
+            torch.mm(upcast, weight[part].to(out.dtype).t(), out=out[:, part])
+    if bias is not None:
+        out.add_(bias)
+
+
+def input_gradient(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out (n, H) = dlogits (n, V) @ weight (V, H); out is fp32 or fp64."""
+    if dlogits.dtype == weight.dtype == out.dtype:
+        torch.mm(dlogits, weight, out=out)
+    elif _mixed(dlogits, weight, out):
+        torch.mm(dlogits, weight, out_dtype=out.dtype, out=out)
+    else:
+        out.zero_()
+        for part in _slices(weight):
+            out.addmm_(dlogits[:, part].to(out.dtype), weight[part].to(out.dtype))
+
+
+def weight_gradient(dlogits: Tensor, hidden: Tensor, out: Tensor) -> None:
+    """out (V, H) += dlogits.T (V, n) @ hidden (n, H); out is the fp32 (or fp64) accumulator."""
+    if dlogits.dtype == hidden.dtype == out.dtype:
+        out.addmm_(dlogits.t(), hidden)
+    elif _mixed(dlogits, hidden, out):
+        torch.addmm(out, dlogits.t(), hidden, out_dtype=out.dtype, out=out)
+    else:
+        upcast = hidden.to(out.dtype)
+        for part in _slices(out):
+            out[part].addmm_(dlogits[:, part].to(out.dtype).t(), upcast)

@@ -1,0 +1,334 @@
+"""The policy loss from logits, or from hidden states and the lm_head: `loss = sum(weight * token_loss)`.
+
+Token-level ratios go in one pass (logits chunk -> objective -> dlogits in place -> dhidden, dweight:
+6NHV); sequence-level ratios in two (log-probs of all, objective on (N,), backward on the rows that
+still have a gradient: 2NHV + 6NHV times their share). Without a gradient wanted: 2NHV.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import inputs, objectives
+from .backend import Backend, select
+from .batch import Batch, objective_arguments, prepare
+from .chunks import HeadGradients, LinearHead, fp16_scale, no_autocast
+from .config import LossConfig
+from .logprob import head_gradients, head_stats
+from .metrics import Terms, summarize
+from .weights import sequence_sum, spread
+
+
+def _two_pass_terms(batch: Batch, stats: Tensor) -> Terms:
+    """The objective on (N,): from log-probs to weighted losses and their derivative by logp."""
+    config, mask = batch.config, batch.rows.mask
+    logp = stats[0]
+    n = logp.numel()
+    fields = batch.listed(None, logp.dtype)
+    old = logp if batch.old_logp is None else fields["old_logp"]
+    # a banned token has logp - logp = NaN, as it must; a masked one is 0
+    log_ratio = torch.where(mask, logp - old, torch.zeros_like(logp))
+    by_sequence = config.importance_sampling_level == "sequence"
+    if by_sequence:
+        lengths = sequence_sum(mask.to(logp.dtype), batch.bounds).clamp(min=1.0)
+        log_ratio = spread(sequence_sum(log_ratio, batch.bounds) / lengths, batch.bounds, n)
+    choice = objective_arguments(config)
+    loss, by_logp, by_ratio, ratio, kl = objectives.token_loss(
+        logp,
+        log_ratio,
+        logp if batch.ref_logp is None else fields["ref_logp"],
+        fields["advantages"],
+        *choice["bounds"],
+        config.beta,
+        choice["objective"],
+        choice["kl"],
+        choice["through_ratio"],
+        choice["weight_kl"],
+        batch.ref_logp is not None,
+    )
+    zero = torch.zeros_like(logp)
+    weights = fields["weights"]
+    by_logp = torch.where(mask, by_logp * weights, zero)
+    by_ratio = torch.where(mask, by_ratio * weights, zero)
+    if by_sequence:
+        # every token of a sequence moves its mean log-ratio by 1 / length
+        by_ratio = spread(sequence_sum(by_ratio, batch.bounds) / lengths, batch.bounds, n)
+        by_ratio = torch.where(mask, by_ratio, zero)
+    loss = torch.where(mask, loss * weights, zero)
+    dlogp = by_logp + by_ratio
+    return Terms(loss, logp, stats[1], ratio, kl, dlogp, log_ratio, fields["advantages"], mask)
+
+
+def _one_pass_terms(
+    terms: Tensor, batch: Batch, index: Tensor | None, mask: Tensor | None
+) -> Terms:
+    """Name the rows that the policy kernels filled; index lists the tokens they belong to."""
+    fields = batch.listed(index, terms.dtype)
+    old = fields["old_logp"]
+    log_ratio = torch.zeros_like(terms[1]) if old is None else terms[1] - old
+    return Terms(*terms, log_ratio, fields["advantages"], mask)
+
+
+def _linear_one_pass(head: LinearHead, batch: Batch, needs: tuple[bool, bool, bool]):
+    """6nHV over the rows that may have a gradient, 2nHV over the other unmasked ones."""
+    rows = batch.rows
+    index = rows.unmasked_index
+    fields = batch.listed(index, head.dtype)
+    ids = rows.ids if index is None else rows.ids[index]
+    # (4, n) terms plus dlogp and ratio; see kernels/policy.py
+    terms = torch.empty(6, rows.n_unmasked, dtype=head.dtype, device=ids.device)
+    n_gradient = rows.n_gradient if any(needs) else 0
+    scale = fp16_scale(head, fields["weights"]) if n_gradient else None
+    if scale is not None:
+        fields["weights"] = fields["weights"] * scale
+    grads = HeadGradients(head, needs, scale)
+    choice = objective_arguments(batch.config)
+
+    def visit(listed: Tensor | None, start: int, stop: int, backward: bool) -> None:
+        for chunk in head.chunks(listed, stop - start):
+            part = slice(start + chunk.rows.start, start + chunk.rows.stop)
+            out = head.gradient_view(chunk.logits) if backward else None
+            row_fields = {k: None if v is None else v[part] for k, v in fields.items()}
+            head.backend.policy(
+                chunk.logits,
+                ids[part],
+                row_fields["advantages"],
+                row_fields["weights"],
+                terms[:, part],
+                out,
+                old_logp=row_fields["old_logp"],
+                ref_logp=row_fields["ref_logp"],
+                **choice,
+                **head.transform,
+            )
+            if backward:
+                grads.add(chunk, out, listed)
+
+    visit(None if index is None else index[:n_gradient], 0, n_gradient, True)
+    visit(None if index is None else index[n_gradient:], n_gradient, rows.n_unmasked, False)
+    if scale is not None:
+        terms[0] /= scale
+        terms[5] /= scale
+    return _one_pass_terms(terms, batch, index, None), grads.finish()
+
+
+class _Attach(torch.autograd.Function):
+    """Give a finished loss its finished gradients: backward only multiplies by the upstream scalar."""
+
+    @staticmethod
+    def forward(ctx, loss, gradients, *tensors):
+        ctx.gradients = list(gradients)
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "this loss computed its gradients in the forward pass and gave them to the first "
+                "backward; call the loss again for a second one (retain_graph cannot help)."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        out = []
+        while gradients:
+            grad = gradients.pop(0)
+            dtype = ctx.dtypes[-1 - len(gradients)]
+            # in place: the buffer is ours, and a copy of dweight would double the peak
+            out.append(None if grad is None else grad.mul_(upstream.to(grad.dtype)).to(dtype))
+        return (None, None, *out)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    advantages: Tensor,
+    *,
+    config: LossConfig | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    denominator: Tensor | float | int | None = None,
+    workspace_bytes: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO-family loss from hidden states and the lm_head, without ever holding the (N, V) logits.
+
+    The loss of `LossConfig`, with z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
+    / temperature and logp = log_softmax(z)[ids]. Gradients for hidden, weight and bias are computed in the
+    forward pass (skipped under `torch.no_grad`) and kept for one backward. fp32 logits, statistics and
+    accumulators; each gradient is downcast once. Masked rows enter no product; rows whose advantage is 0
+    (with beta = 0) enter only the forward one.
+
+    Args:
+        hidden: (B, T, H) or packed (N, H); hidden[..., t, :] predicts ids[..., t].
+        weight: (V, H) in the dtype of hidden (or any under autocast); frozen when it needs no gradient.
+        ids: (B, T) or (N,) sampled tokens, in [0, V) where unmasked.
+        advantages: contiguous (B,), (B, T), or packed (S,) or (N,).
+        config: None for `LossConfig()`.
+        mask: shaped like ids, non-zero where a token counts. What is masked may hold anything, NaN too.
+        cu_seqlens: (S+1,) boundaries of a packed batch.
+        old_logp: shaped like ids, log-probs of the policy that sampled (nats); None: on-policy, ratio 1.
+        ref_logp: shaped like ids, log-probs of the reference (nats); needed when beta > 0.
+        bias: (V,) or None. softcap: None or > 0. logit_scale: not 0.
+        denominator: the count that the loss type divides by (`weights.count`), over the accumulation
+            window and all ranks (divided by the world size when gradients are averaged); None: this call's.
+        workspace_bytes: bound on the temporary memory in bytes; None: 1 GiB on CUDA, 128 MiB elsewhere.
+
+    Returns:
+        loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range; it is named.
+        RuntimeError: on a second backward through one loss.
+    """
+    config = LossConfig() if config is None else config
+    inputs.check_head(hidden, weight, bias, softcap, logit_scale)
+    shape = tuple(hidden.shape[:-1])
+    batch = prepare(
+        shape,
+        weight.shape[0],
+        hidden.device,
+        ids=ids,
+        advantages=advantages,
+        config=config,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        denominator=denominator,
+    )
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    tensors = (flat, weight, bias)
+    wanted = torch.is_grad_enabled()
+    needs = tuple(wanted and t is not None and t.requires_grad for t in tensors)
+    with torch.no_grad(), no_autocast(hidden.device):
+        head = LinearHead(
+            *tensors,
+            select(hidden.device),
+            workspace_bytes,
+            softcap,
+            float(logit_scale),
+            float(config.temperature),
+        )
+        if config.importance_sampling_level == "token":
+            terms, gradients = _linear_one_pass(head, batch, needs)
+        else:
+            rows = batch.rows
+            stats = head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)
+            terms = _two_pass_terms(batch, stats)
+            gradients = (None, None, None)
+            if any(needs):
+                gradients = head_gradients(head, rows.ids, stats, (terms.dlogp, None, None), needs)
+        loss, metrics = summarize(
+            terms, batch.rows.n_unmasked, batch.ref_logp is not None, config.ratio_bounds
+        )
+    return (_Attach.apply(loss, gradients, *tensors) if any(needs) else loss), metrics
+
+
+def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, inv_temperature):
+    dtype = torch.promote_types(cube.dtype, torch.float32)
+    ids = batch.rows.ids
+    stats = torch.empty(4, ids.numel(), dtype=dtype, device=ids.device)
+    options = {"inv_temperature": inv_temperature}
+    backend.logprob_fwd(cube, ids, stats, active=active, **options)
+    terms = _two_pass_terms(batch, stats)
+    if out is not None:
+        backend.logprob_bwd(cube, ids, stats, terms.dlogp, out, active=terms.dlogp != 0, **options)
+    return terms
+
+
+def _logits_one_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, inv_temperature):
+    dtype = torch.promote_types(cube.dtype, torch.float32)
+    ids = batch.rows.ids
+    terms = torch.empty(6, ids.numel(), dtype=dtype, device=ids.device)
+    fields = batch.listed(None, dtype)
+    backend.policy(
+        cube,
+        ids,
+        fields["advantages"],
+        fields["weights"],
+        terms,
+        out,
+        old_logp=fields["old_logp"],
+        ref_logp=fields["ref_logp"],
+        active=active,
+        inv_temperature=inv_temperature,
+        **objective_arguments(batch.config),
+    )
+    return _one_pass_terms(terms, batch, None, batch.rows.mask)
+
+
+def policy_loss(
+    logits: Tensor,
+    ids: Tensor,
+    advantages: Tensor,
+    *,
+    config: LossConfig | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    denominator: Tensor | float | int | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO-family loss from given logits, with logp = log_softmax(logits / temperature)[ids].
+
+    At token level one launch reads each row, evaluates the objective and writes its gradient. Arithmetic
+    in fp32 whatever the logits are stored in; the gradient has their dtype.
+
+    Args:
+        logits: (B, T, V) or packed (N, V), stride 1 over V; other strides are free (`logits[:, :-1]`).
+        inplace: write the gradient over the logits (saves N V elements). Autograd is told: another
+            use of the logits in backward raises.
+        Others: as in `linear_policy_loss`.
+
+    Returns:
+        loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range; it is named.
+        RuntimeError: on a second backward through one loss.
+    """
+    config = LossConfig() if config is None else config
+    inputs.check_logits(logits)
+    shape = tuple(logits.shape[:-1])
+    batch = prepare(
+        shape,
+        logits.shape[-1],
+        logits.device,
+        ids=ids,
+        advantages=advantages,
+        config=config,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        denominator=denominator,
+    )
+    needed = torch.is_grad_enabled() and logits.requires_grad
+    with torch.no_grad():
+        cube = logits.detach() if logits.dim() == 3 else logits.detach()[None]
+        out = None
+        if needed:
+            out = cube if inplace else torch.empty_like(cube, memory_format=torch.contiguous_format)
+        active = None if mask is None else batch.rows.mask
+        level = config.importance_sampling_level
+        route = _logits_one_pass if level == "token" else _logits_two_pass
+        terms = route(
+            select(logits.device), cube, batch, active, out, 1.0 / float(config.temperature)
+        )
+        if needed and inplace:
+            torch.autograd.graph.increment_version(logits)
+        loss, metrics = summarize(
+            terms, batch.rows.n_unmasked, batch.ref_logp is not None, config.ratio_bounds
+        )
+    if not needed:
+        return loss, metrics
+    return _Attach.apply(loss, (out.view(logits.shape),), logits), metrics

@@ -1,0 +1,212 @@
+"""The row functions of `kernels/` in plain torch, with the same signatures: CPU, MPS and old GPUs.
+
+Works through SCRATCH_BYTES of rows at a time, so that beside the logits it is given it holds one small
+block whatever V is, and the passes over a block stay near the cache. Computes in fp32, or in the dtype
+of float64 logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+# 8 MiB: two blocks of fp32 rows; at V = 49152 that is 21 rows, where the ~15 launches of a block cost
+# under 5 % of its arithmetic on 2 cores
+SCRATCH_BYTES = 8 << 20
+# stands for -inf beside the row max: exp gives 0, and 0 * FLOOR * any gradient is still 0, not NaN
+FLOOR = -1e30
+
+
+def _row_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows (n, V) of logits (B, T, V) with their slice of N = B * T."""
+    B, T, V = logits.shape
+    width = 8 if logits.dtype == torch.float64 else 4
+    rows = max(1, SCRATCH_BYTES // (2 * V * width))
+    for b in range(B):
+        for t in range(0, T, rows):
+            block = logits[b, t : t + rows]
+            yield slice(b * T + t, b * T + t + block.shape[0]), block
+
+
+def _transform(x: Tensor, scale: float, softcap: float | None, inv_temperature: float) -> Tensor:
+    """Block of logits as stored -> z in fp32, a new tensor."""
+    z = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    if softcap is not None:
+        return z.mul_(scale / softcap).tanh_().mul_(softcap * inv_temperature)
+    factor = scale * inv_temperature
+    return z if factor == 1.0 else z.mul_(factor)
+
+
+def _row_stats(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """z (n, V), overwritten by z - max, and ids (n,) -> stats (4, n) and p = exp(z - max)."""
+    peak = z.amax(1)
+    # all -inf: NaN rows, as torch.log_softmax gives; one -inf: clamped, so that 0 * z is 0
+    z.sub_(peak[:, None])
+    gap = z.gather(1, ids[:, None])[:, 0]
+    z.clamp_(min=FLOOR)
+    p = torch.exp(z)
+    dot = torch.bmm(p[:, None, :], z[:, :, None])[:, 0, 0]
+    # the target is kept out of the sum: log1p(rest) holds what log(1 + rest) would round away
+    target = p.gather(1, ids[:, None])
+    rest = p.scatter_(1, ids[:, None], 0.0).sum(1)
+    p.scatter_(1, ids[:, None], target)
+    total = rest + target[:, 0]
+    log_sum = torch.where(gap == 0.0, torch.log1p(rest), torch.log(total))
+    return torch.stack((gap - log_sum, log_sum - dot / total, peak, log_sum)), p
+
+
+def logprob_fwd(
+    logits: Tensor,
+    ids: Tensor,
+    stats: Tensor,
+    *,
+    active: Tensor | None = None,
+    inv_temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Fill stats (4, N) with logp, entropy, max and log-sum; see `kernels/logprob.py`."""
+    for rows, block in _row_blocks(logits):
+        if active is None:
+            z = _transform(block, scale, softcap, inv_temperature)
+            stats[:, rows] = _row_stats(z, ids[rows])[0]
+            continue
+        index = active[rows].nonzero()[:, 0]
+        stats[:, rows] = 0.0
+        if index.numel():
+            z = _transform(block[index], scale, softcap, inv_temperature)
+            stats[:, rows.start + index] = _row_stats(z, ids[rows][index])[0]
+
+
+def _gradient(
+    z: Tensor,
+    p: Tensor,
+    ids: Tensor,
+    stats: Tensor,
+    dlogp: Tensor,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    chain: tuple[float, float | None, float],
+) -> Tensor:
+    """dloss/dlogits (n, V) in the memory of p, from z - max (or z, with a softcap) and p = softmax(z)."""
+    logp, entropy, peak, log_sum = stats
+    scale, softcap, inv_temperature = chain
+    target = ids[:, None]
+    by_p = -dlogp if dlse is None else dlse - dlogp
+    at_target = dlogp * -torch.expm1(logp)
+    p_target = p.gather(1, target)[:, 0]
+    if dlse is not None:
+        at_target = at_target + dlse * p_target
+    if dentropy is None:
+        grad = p.mul_(by_p[:, None])
+    else:
+        # -p (z - max - E[z - max]) dentropy, with E = log_sum - entropy
+        mean = log_sum - entropy
+        gap = z.gather(1, target)[:, 0] - mean
+        at_target = at_target - torch.where(p_target > 0, dentropy * p_target * gap, 0.0)
+        factor = (z - mean[:, None]).mul_(-dentropy[:, None]).add_(by_p[:, None])
+        grad = p.mul_(factor)
+    grad.scatter_(1, target, at_target[:, None])
+    grad.mul_(scale * inv_temperature)
+    if softcap is not None:
+        tanh = (z + peak[:, None]).div_(softcap * inv_temperature)
+        grad.mul_(tanh.square_().neg_().add_(1.0))
+    return grad
+
+
+def logprob_bwd(
+    logits: Tensor,
+    ids: Tensor,
+    stats: Tensor,
+    dlogp: Tensor,
+    out: Tensor,
+    *,
+    dlse: Tensor | None = None,
+    dentropy: Tensor | None = None,
+    active: Tensor | None = None,
+    inv_temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Fill out (B, T, V) with the gradient by logits (out may be logits); see `kernels/logprob.py`."""
+    chain = (scale, softcap, inv_temperature)
+    for (rows, block), (_, out_block) in zip(_row_blocks(logits), _row_blocks(out), strict=True):
+        index = slice(None) if active is None else active[rows].nonzero()[:, 0]
+        source = block[index]
+        if active is not None:
+            out_block.zero_()
+            if index.numel() == 0:
+                continue
+        stat = stats[:, rows][:, index]
+        z = _transform(source, *chain).sub_(stat[2][:, None])
+        z.clamp_(min=FLOOR)
+        p = torch.exp(z - stat[3][:, None])
+        upstream = [None if g is None else g[rows][index] for g in (dlogp, dlse, dentropy)]
+        out_block[index] = _gradient(z, p, ids[rows][index], stat, *upstream, chain).to(out.dtype)
+
+
+def policy(
+    logits: Tensor,
+    ids: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    terms: Tensor,
+    out: Tensor | None,
+    *,
+    token_loss: Callable,
+    objective: Callable,
+    kl: Callable,
+    through_ratio: bool,
+    weight_kl: bool,
+    bounds: tuple[float, float, float],
+    beta: float,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    active: Tensor | None = None,
+    inv_temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Fill terms (6, N) and, unless out is None, out (B, T, V); see `kernels/policy.py`."""
+    chain = (scale, softcap, inv_temperature)
+    outs = _row_blocks(logits if out is None else out)
+    for (rows, block), (_, out_block) in zip(_row_blocks(logits), outs, strict=True):
+        index = slice(None) if active is None else active[rows].nonzero()[:, 0]
+        if active is not None:
+            terms[:, rows] = 0.0
+            terms[3, rows] = 1.0
+        z = _transform(block[index], *chain)
+        target = ids[rows][index]
+        if out is not None and active is not None:
+            out_block.zero_()
+        if target.numel() == 0:
+            continue
+        stats, p = _row_stats(z, target)
+        logp = stats[0]
+        old = None if old_logp is None else old_logp[rows][index]
+        ref = logp if ref_logp is None else ref_logp[rows][index]
+        weight = weights[rows][index]
+        loss, by_logp, by_ratio, ratio, kl_value = token_loss(
+            logp,
+            # on-policy: 0 for every finite logp, NaN where logp is NaN
+            logp - (logp if old is None else old),
+            ref,
+            advantages[rows][index],
+            *bounds,
+            beta,
+            objective,
+            kl,
+            through_ratio,
+            weight_kl,
+            ref_logp is not None,
+        )
+        dlogp = (by_logp + by_ratio) * weight
+        row_terms = torch.stack((loss * weight, logp, stats[1], ratio, kl_value, dlogp))
+        terms[:, rows][:, index] = row_terms
+        if out is not None:
+            p.mul_(torch.exp(-stats[3])[:, None])
+            grad = _gradient(z, p, target, stats, dlogp, None, None, chain)
+            out_block[index] = grad.masked_fill_((dlogp == 0.0)[:, None], 0.0).to(out.dtype)

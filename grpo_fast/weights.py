@@ -1,0 +1,83 @@
+"""Who counts how much: `loss = sum(weight * token_loss)`. No collectives: whoever knows the ranks passes
+`denominator`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import LossConfig
+
+# what `denominator` counts for each scheme
+UNITS = {"sequence_mean": "sequences", "token_mean": "tokens", "constant_length": "sequences"}
+
+
+def boundaries(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Sequence boundaries (S+1,) int64 of a padded (B, T) or a packed (N,) batch."""
+    if cu_seqlens is not None:
+        return cu_seqlens.to(device=mask.device, dtype=torch.int64)
+    if mask.dim() == 2:
+        rows, length = mask.shape
+        return torch.arange(rows + 1, device=mask.device) * length
+    raise ValueError("cu_seqlens: a packed (N,) batch needs its (S+1,) boundaries here, got None.")
+
+
+def sequence_sum(values: Tensor, bounds: Tensor) -> Tensor:
+    """Sum of values (N,) over each sequence -> (S,), in a fixed order and in the dtype of values."""
+    if values.numel() == 0:
+        return values.new_zeros(bounds.numel() - 1)
+    return torch.segment_reduce(values, "sum", offsets=bounds, axis=0, initial=0.0)
+
+
+def spread(values: Tensor, bounds: Tensor, n: int) -> Tensor:
+    """Repeat values (S,) over the tokens of each sequence -> (N,)."""
+    return torch.repeat_interleave(values, bounds.diff(), output_size=n)
+
+
+def count(config: LossConfig, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """What this batch adds to the denominator: tokens (dapo, bnpo, cispo) or sequences (grpo, dr_grpo).
+
+    Args:
+        mask: (B, T), or packed (N,) with cu_seqlens; non-zero where a token counts.
+        cu_seqlens: (S+1,) int boundaries of a packed batch.
+
+    Returns:
+        0-d int64 tensor on the device of mask. Fully masked sequences count as sequences.
+    """
+    if UNITS[config.preset.weights] == "tokens":
+        return (mask != 0).sum()
+    return torch.tensor(boundaries(mask, cu_seqlens).numel() - 1, device=mask.device)
+
+
+def token_weights(
+    config: LossConfig,
+    mask: Tensor,
+    bounds: Tensor,
+    denominator: Tensor | float | int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Weight (N,) of every token; exactly 0 where mask is False.
+
+    sequence_mean (grpo): 1 / (length_i * denominator); token_mean (dapo, bnpo, cispo): 1 / denominator;
+    constant_length (dr_grpo): 1 / (denominator * max_completion_length).
+
+    Args:
+        mask: (N,) bool.
+        bounds: (S+1,) int64 from `boundaries`.
+        denominator: count over the accumulation window (and ranks / world size); None: this batch's.
+    """
+    scheme = config.preset.weights
+    if denominator is None:
+        tokens = UNITS[scheme] == "tokens"
+        denominator = mask.sum() if tokens else torch.tensor(bounds.numel() - 1)
+    total = torch.as_tensor(denominator, device=mask.device).to(dtype)
+    # an empty batch has weight 0 everywhere, so the quotient only has to be finite
+    total = torch.where(total > 0, total, torch.ones_like(total))
+    if scheme == "sequence_mean":
+        lengths = sequence_sum(mask.to(dtype), bounds).clamp(min=1.0)
+        weight = spread(1.0 / (lengths * total), bounds, mask.numel())
+    elif scheme == "constant_length":
+        weight = (1.0 / (total * config.max_completion_length)).expand(mask.shape)
+    else:
+        weight = (1.0 / total).expand(mask.shape)
+    return torch.where(mask, weight, torch.zeros_like(weight))

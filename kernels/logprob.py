@@ -1,0 +1,208 @@
+"""Log-probs of sampled tokens from rows of logits, and back. One program per row, fp32 inside.
+
+Bytes per row of V logits of e bytes: forward reads V e; backward reads V e and writes V e.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from grpo_fast.kernels.configs import row_launch
+from grpo_fast.kernels.lang import row_pointer, row_stats, store_row_gradient, store_zero_row
+
+
+@triton.jit
+def logprob_fwd_kernel(
+    logits_ptr,
+    ids_ptr,
+    active_ptr,
+    stats_ptr,
+    T,
+    stride_b,
+    stride_t,
+    stride_stats,
+    V,
+    scale,
+    softcap,
+    inv_temperature,
+    HAS_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """stats[:, n] = logp, entropy, max, log-sum of row n; zeros where active[n] == 0, unread."""
+    n = tl.program_id(0).to(tl.int64)
+    stat_ptr = stats_ptr + n
+    logp, entropy, peak, log_sum = 0.0, 0.0, 0.0, 0.0
+    active = True
+    if HAS_MASK:
+        active = tl.load(active_ptr + n) != 0
+    if active:
+        row_ptr = row_pointer(logits_ptr, n, T, stride_b, stride_t)
+        target = tl.load(ids_ptr + n)
+        logp, entropy, peak, log_sum = row_stats(
+            row_ptr, target, V, scale, softcap, inv_temperature, HAS_SOFTCAP, BLOCK_V
+        )
+    tl.store(stat_ptr, logp)
+    stat_ptr += stride_stats
+    tl.store(stat_ptr, entropy)
+    stat_ptr += stride_stats
+    tl.store(stat_ptr, peak)
+    stat_ptr += stride_stats
+    tl.store(stat_ptr, log_sum)
+
+
+@triton.jit
+def logprob_bwd_kernel(
+    logits_ptr,
+    ids_ptr,
+    active_ptr,
+    stats_ptr,
+    dlogp_ptr,
+    dlse_ptr,
+    dentropy_ptr,
+    out_ptr,
+    T,
+    stride_b,
+    stride_t,
+    stride_out_b,
+    stride_out_t,
+    stride_stats,
+    V,
+    scale,
+    softcap,
+    inv_temperature,
+    HAS_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+    HAS_DENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """out[n] = dloss/dlogits[n] from dlogp, dlse and dentropy of row n; zeros where active[n] == 0."""
+    n = tl.program_id(0).to(tl.int64)
+    grad_ptr = row_pointer(out_ptr, n, T, stride_out_b, stride_out_t)
+    logp_ptr = stats_ptr + n
+    entropy_ptr = logp_ptr + stride_stats
+    peak_ptr = entropy_ptr + stride_stats
+    log_sum_ptr = peak_ptr + stride_stats
+    dlogp = tl.load(dlogp_ptr + n)
+    dlse, dentropy = 0.0, 0.0
+    active = True
+    if HAS_MASK:
+        active = tl.load(active_ptr + n) != 0
+    if HAS_DLSE:
+        dlse = tl.load(dlse_ptr + n)
+    if HAS_DENTROPY:
+        dentropy = tl.load(dentropy_ptr + n)
+    if active:
+        store_row_gradient(
+            row_pointer(logits_ptr, n, T, stride_b, stride_t),
+            grad_ptr,
+            tl.load(ids_ptr + n),
+            V,
+            tl.load(logp_ptr),
+            tl.load(entropy_ptr),
+            tl.load(peak_ptr),
+            tl.load(log_sum_ptr),
+            dlogp,
+            dlse,
+            dentropy,
+            scale,
+            softcap,
+            inv_temperature,
+            HAS_SOFTCAP,
+            HAS_DENTROPY,
+            BLOCK_V,
+        )
+    else:
+        store_zero_row(grad_ptr, V, BLOCK_V)
+
+
+def logprob_fwd(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    stats: torch.Tensor,
+    *,
+    active: torch.Tensor | None = None,
+    inv_temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Fill stats (4, N) fp32 with logp, entropy, max and log-sum of z = transform(logits).
+
+    Args:
+        logits: (B, T, V) fp32, fp16 or bf16 with stride 1 over V; row n = b * T + t.
+        ids: (N,) int64 in [0, V) where active; active: (N,) bool or None for all.
+    """
+    B, T, V = logits.shape
+    if B * T == 0:
+        return
+    launch = row_launch(V)
+    logprob_fwd_kernel[(B * T,)](
+        logits_ptr=logits,
+        ids_ptr=ids,
+        active_ptr=active,
+        stats_ptr=stats,
+        T=T,
+        stride_b=logits.stride(0),
+        stride_t=logits.stride(1),
+        stride_stats=stats.stride(0),
+        V=V,
+        scale=float(scale),
+        softcap=0.0 if softcap is None else float(softcap),
+        inv_temperature=float(inv_temperature),
+        HAS_MASK=active is not None,
+        HAS_SOFTCAP=softcap is not None,
+        BLOCK_V=launch.BLOCK_V,
+        num_warps=launch.num_warps,
+    )
+
+
+def logprob_bwd(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    stats: torch.Tensor,
+    dlogp: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    dlse: torch.Tensor | None = None,
+    dentropy: torch.Tensor | None = None,
+    active: torch.Tensor | None = None,
+    inv_temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Fill out (B, T, V) with the gradient by logits; out may be logits itself, or its bytes as bf16/fp16.
+
+    Args:
+        stats: (4, N) from `logprob_fwd`; dlogp, dlse, dentropy: (N,) fp32 upstream gradients.
+    """
+    B, T, V = logits.shape
+    if B * T == 0:
+        return
+    launch = row_launch(V)
+    logprob_bwd_kernel[(B * T,)](
+        logits_ptr=logits,
+        ids_ptr=ids,
+        active_ptr=active,
+        stats_ptr=stats,
+        dlogp_ptr=dlogp,
+        dlse_ptr=dlse,
+        dentropy_ptr=dentropy,
+        out_ptr=out,
+        T=T,
+        stride_b=logits.stride(0),
+        stride_t=logits.stride(1),
+        stride_out_b=out.stride(0),
+        stride_out_t=out.stride(1),
+        stride_stats=stats.stride(0),
+        V=V,
+        scale=float(scale),
+        softcap=0.0 if softcap is None else float(softcap),
+        inv_temperature=float(inv_temperature),
+        HAS_MASK=active is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_DLSE=dlse is not None,
+        HAS_DENTROPY=dentropy is not None,
+        BLOCK_V=launch.BLOCK_V,
+        num_warps=launch.num_warps,
+    )

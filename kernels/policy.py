@@ -1,0 +1,210 @@
+"""The one-pass policy loss from rows of logits: log-prob, objective, KL and gradient in one launch.
+
+Bytes per row of V logits of e bytes: reads 2 V e (the second read hits L2 while the rows in flight fit
+there), writes V e. Without a gradient: reads V e.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from grpo_fast.kernels.configs import row_launch
+from grpo_fast.kernels.lang import (
+    device_function,
+    row_pointer,
+    row_stats,
+    store_row_gradient,
+    store_zero_row,
+)
+
+
+@triton.jit
+def policy_kernel(
+    logits_ptr,
+    ids_ptr,
+    active_ptr,
+    old_logp_ptr,
+    ref_logp_ptr,
+    advantage_ptr,
+    weight_ptr,
+    terms_ptr,
+    out_ptr,
+    T,
+    stride_b,
+    stride_t,
+    stride_out_b,
+    stride_out_t,
+    stride_terms,
+    V,
+    scale,
+    softcap,
+    inv_temperature,
+    low,
+    high,
+    delta,
+    beta,
+    TOKEN_LOSS: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    KL: tl.constexpr,
+    THROUGH_RATIO: tl.constexpr,
+    WEIGHT_KL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WRITE_GRADIENT: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """terms[:, n] = weighted loss, logp, entropy, ratio, kl, dloss/dlogp; out[n] = dloss/dlogits[n]."""
+    n = tl.program_id(0).to(tl.int64)
+    loss, logp, entropy, ratio, kl, dlogp = 0.0, 0.0, 0.0, 1.0, 0.0, 0.0
+    peak, log_sum = 0.0, 0.0
+    target = tl.load(ids_ptr + n)
+    row_ptr = row_pointer(logits_ptr, n, T, stride_b, stride_t)
+    active = True
+    if HAS_MASK:
+        active = tl.load(active_ptr + n) != 0
+    if active:
+        logp, entropy, peak, log_sum = row_stats(
+            row_ptr, target, V, scale, softcap, inv_temperature, HAS_SOFTCAP, BLOCK_V
+        )
+        # on-policy: 0 for every finite logp, NaN where logp is NaN
+        log_ratio = logp - logp
+        ref_logp = logp
+        if HAS_OLD:
+            log_ratio = logp - tl.load(old_logp_ptr + n)
+        if HAS_REF:
+            ref_logp = tl.load(ref_logp_ptr + n)
+        advantage = tl.load(advantage_ptr + n)
+        weight = tl.load(weight_ptr + n)
+        loss, by_logp, by_ratio, ratio, kl = TOKEN_LOSS(
+            logp,
+            log_ratio,
+            ref_logp,
+            advantage,
+            low,
+            high,
+            delta,
+            beta,
+            OBJECTIVE,
+            KL,
+            THROUGH_RATIO,
+            WEIGHT_KL,
+            HAS_REF,
+        )
+        loss = loss * weight
+        dlogp = (by_logp + by_ratio) * weight
+    term_ptr = terms_ptr + n
+    tl.store(term_ptr, loss)
+    term_ptr += stride_terms
+    tl.store(term_ptr, logp)
+    term_ptr += stride_terms
+    tl.store(term_ptr, entropy)
+    term_ptr += stride_terms
+    tl.store(term_ptr, ratio)
+    term_ptr += stride_terms
+    tl.store(term_ptr, kl)
+    term_ptr += stride_terms
+    tl.store(term_ptr, dlogp)
+    if WRITE_GRADIENT:
+        grad_ptr = row_pointer(out_ptr, n, T, stride_out_b, stride_out_t)
+        # clipped, zero-advantage and masked rows: their logits are not read a second time
+        if dlogp == 0.0:
+            store_zero_row(grad_ptr, V, BLOCK_V)
+        else:
+            store_row_gradient(
+                row_ptr,
+                grad_ptr,
+                target,
+                V,
+                logp,
+                entropy,
+                peak,
+                log_sum,
+                dlogp,
+                0.0,
+                0.0,
+                scale,
+                softcap,
+                inv_temperature,
+                HAS_SOFTCAP,
+                False,
+                BLOCK_V,
+            )
+
+
+def policy(
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    terms: torch.Tensor,
+    out: torch.Tensor | None,
+    *,
+    token_loss: Callable,
+    objective: Callable,
+    kl: Callable,
+    through_ratio: bool,
+    weight_kl: bool,
+    bounds: tuple[float, float, float],
+    beta: float,
+    old_logp: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    active: torch.Tensor | None = None,
+    inv_temperature: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Fill terms (6, N) fp32 and, unless out is None, out (B, T, V) with dloss/dlogits.
+
+    Args:
+        logits: (B, T, V) fp32, fp16 or bf16 with stride 1 over V; out may be logits itself, or its bytes
+            as a narrower type.
+        ids, advantages, weights, old_logp, ref_logp, active: (N,), N = B * T; floats are fp32.
+        token_loss, objective, kl: functions of `grpo_fast/objectives.py`.
+        bounds: lowest and highest ratio, cap of the unclipped ratio.
+    """
+    B, T, V = logits.shape
+    if B * T == 0:
+        return
+    launch = row_launch(V)
+    target = logits if out is None else out
+    policy_kernel[(B * T,)](
+        logits_ptr=logits,
+        ids_ptr=ids,
+        active_ptr=active,
+        old_logp_ptr=old_logp,
+        ref_logp_ptr=ref_logp,
+        advantage_ptr=advantages,
+        weight_ptr=weights,
+        terms_ptr=terms,
+        out_ptr=target,
+        T=T,
+        stride_b=logits.stride(0),
+        stride_t=logits.stride(1),
+        stride_out_b=target.stride(0),
+        stride_out_t=target.stride(1),
+        stride_terms=terms.stride(0),
+        V=V,
+        scale=float(scale),
+        softcap=0.0 if softcap is None else float(softcap),
+        inv_temperature=float(inv_temperature),
+        low=float(bounds[0]),
+        high=float(bounds[1]),
+        delta=float(bounds[2]),
+        beta=float(beta),
+        TOKEN_LOSS=device_function(token_loss),
+        OBJECTIVE=device_function(objective),
+        KL=device_function(kl),
+        THROUGH_RATIO=through_ratio,
+        WEIGHT_KL=weight_kl,
+        HAS_MASK=active is not None,
+        HAS_OLD=old_logp is not None,
+        HAS_REF=ref_logp is not None,
+        HAS_SOFTCAP=softcap is not None,
+        WRITE_GRADIENT=out is not None,
+        BLOCK_V=launch.BLOCK_V,
+        num_warps=launch.num_warps,
+    )

@@ -1,0 +1,101 @@
+"""Small batches with realistic, peaked logits, and the float64 truth of `grpo_fast/reference.py` for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from grpo_fast import LossConfig, reference
+
+LENGTHS = (9, 1, 0, 6)
+# old and reference log-probs are drawn near the policy at this temperature
+TEMPERATURE = 0.9
+
+
+@dataclass
+class Case:
+    """A padded batch whose masked places hold NaN, and out-of-range ids."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor
+    advantages: torch.Tensor
+    old_logp: torch.Tensor
+    ref_logp: torch.Tensor
+
+
+def make_case(
+    V: int = 77, H: int = 24, lengths=LENGTHS, seed: int = 0, dtype=torch.float32
+) -> Case:
+    """Hidden states that point at their target with a strength from none to 10 nats."""
+    g = torch.Generator().manual_seed(seed)
+    B, T = len(lengths), max(lengths)
+    weight = torch.randn(V, H, generator=g, dtype=torch.float64) / H**0.5
+    ids = torch.randint(V, (B, T), generator=g)
+    strength = 10 * torch.rand(B, T, 1, generator=g, dtype=torch.float64)
+    direction = weight[ids] / weight[ids].square().sum(-1, keepdim=True)
+    hidden = strength * direction + torch.randn(B, T, H, generator=g, dtype=torch.float64)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    logits = reference.head_logits(hidden.double(), weight.double())
+    logp = reference.logprob(logits, ids, TEMPERATURE)[0]
+    noise = torch.randn(B, T, generator=g, dtype=torch.float64)
+    # per-sequence drift, so that sequence-level ratios leave the clip range too
+    drift = torch.tensor([-0.45, 0.3, 0.0, -0.25, 0.5, -0.1])[:B, None]
+    old = (logp + 0.25 * noise + drift).float()
+    ref = (logp + 0.3 * torch.randn(B, T, generator=g, dtype=torch.float64)).float()
+    advantages = torch.tensor([1.3, -0.7, 0.4, -1.1, 0.9, -0.2])[:B].contiguous()
+    for tensor in (hidden, old, ref):
+        tensor[~mask] = float("nan")
+    ids[~mask] = -100
+    return Case(hidden, weight, ids, mask, advantages, old, ref)
+
+
+def truth(case: Case, config: LossConfig, *, use_old: bool, use_ref: bool, **head):
+    """Loss, dhidden, dweight and dlogits of the reference in float64."""
+    hidden = torch.where(case.mask[..., None], case.hidden, torch.zeros_like(case.hidden))
+    hidden = hidden.double().requires_grad_()
+    weight = case.weight.double().requires_grad_()
+    logits = reference.head_logits(hidden, weight, **head)
+    logits.retain_grad()
+    loss = reference.policy_loss(
+        logits,
+        case.ids,
+        case.advantages.double(),
+        config,
+        mask=case.mask,
+        old_logp=case.old_logp.double() if use_old else None,
+        ref_logp=case.ref_logp.double() if use_ref else None,
+    )
+    loss.backward()
+    return loss.detach(), hidden.grad, weight.grad, logits.grad
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative L2 distance; inf when got holds a NaN."""
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-300)
+    return float("inf") if torch.isnan(error) else error.item()
+
+
+def configurations() -> list[tuple[LossConfig, bool, bool]]:
+    """Every loss type x level x KL (none, or an estimator, plain or ratio-weighted) x old given or not."""
+    out = []
+    for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
+        for level in ("token", "sequence"):
+            for kl in (None, "k1", "k2", "k3"):
+                for weighted in (False, True) if kl else (False,):
+                    config = LossConfig(
+                        loss_type=loss_type,
+                        importance_sampling_level=level,
+                        epsilon_high=0.28 if loss_type != "cispo" else 1.2,
+                        delta=None if loss_type == "cispo" else 1.6,
+                        beta=0.3 if kl else 0.0,
+                        kl_estimator=kl or "k3",
+                        use_bias_correction_kl=weighted,
+                        temperature=TEMPERATURE,
+                        max_completion_length=12,
+                    )
+                    out += [(config, old, kl is not None) for old in (False, True)]
+    return out
