@@ -23,14 +23,15 @@ def group_advantages(
 ) -> Tensor:
     """Advantages of groups of completions of one prompt.
 
-        A = (r - mean_group(r)) / (std + eps)        std of the group, of the whole batch, or no division
+        A = (r - mean_group(r)) / (std + eps)        std of the group, of the whole batch, or no
+        division
 
-    A group whose valid rewards are all equal (or that has fewer than two) gets exactly 0, so that it
-    cannot train on rounding noise divided by eps.
+    A group whose valid rewards are all equal (or that has fewer than two) gets exactly 0, so that
+    it cannot train on rounding noise divided by eps.
 
     Args:
-        rewards: (P, G) floating point; NaN marks an unscorable completion: it is left out of the mean
-            and the std, and its advantage is 0.
+        rewards: (P, G) floating point; NaN marks an unscorable completion: it is left out of the
+            mean and the std, and its advantage is 0.
         scale: "group" (GRPO, 2024), "batch" (REINFORCE++, 2025) or "none" (Dr. GRPO, 2025).
         eps: added to the std; 1e-4 as in TRL.
         population: divide the squared deviations by n instead of n - 1.
@@ -43,7 +44,8 @@ def group_advantages(
     """
     if rewards.dim() != 2 or not rewards.is_floating_point():
         raise ValueError(
-            f"rewards must be floating point of shape (P, G), got {rewards.dtype} {tuple(rewards.shape)}."
+            "rewards must be floating point of shape (P, G), "
+            f"got {rewards.dtype} {tuple(rewards.shape)}."
         )
     if scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}.")

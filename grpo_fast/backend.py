@@ -1,5 +1,5 @@
-"""Which implementation of the row functions runs: Triton or torch. Says which and why; never falls back
-silently."""
+"""Which implementation of the row functions runs: Triton or torch. Says which and why; never falls
+back silently."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def _choose(device: torch.device) -> tuple[str, str]:
 
 
 def select(device: torch.device | str) -> Backend:
-    """The backend for tensors on a device, by the device and GRPO_FAST_BACKEND (auto, torch, triton).
+    """The backend for tensors on a device, by the device and GRPO_FAST_BACKEND (auto, torch,
+    triton).
 
     Raises:
         ValueError: GRPO_FAST_BACKEND is none of the three.

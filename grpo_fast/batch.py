@@ -1,4 +1,5 @@
-"""One call of a loss without its vocabulary-sized tensors: checked, flattened to (N,), 0 where masked."""
+"""One call of a loss without its vocabulary-sized tensors: checked, flattened to (N,), 0 where
+masked."""
 
 from __future__ import annotations
 

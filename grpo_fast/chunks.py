@@ -1,4 +1,5 @@
-"""The chunk loop: rows of hidden states -> logits, one workspace at a time. It exists once, here."""
+"""The chunk loop: rows of hidden states -> logits, one workspace at a time. It exists once,
+here."""
 
 from __future__ import annotations
 
@@ -13,18 +14,29 @@ from . import gemm
 from .backend import Backend
 from .inputs import fail
 
-# Rows of a GEMM are padded to a multiple of this. MKL switches kernels, and with them the order of the
-# sums, at 1, 2, 3, 5, 7 and 9 rows; multiples of 16 gave bit-equal rows for every batch tried.
+# Rows of a GEMM are padded to a multiple of this. MKL switches kernels, and with them the order of
+# the sums, at 1, 2, 3, 5, 7 and 9 rows; multiples of 16 gave bit-equal rows for every batch tried.
 ROW_MULTIPLE = 16
-# 1,024 rows of a 152k vocabulary are 0.6 GiB in fp32; under 1,024 rows dweight traffic outweighs the GEMMs
+# 1,024 rows of a 152k vocabulary are 0.6 GiB in fp32; under 1,024 rows dweight traffic outweighs
+# the GEMMs
 DEFAULT_WORKSPACE = {"cpu": 128 << 20, "cuda": 1 << 30}
-# scratch of the torch rows (4 blocks of 4 MiB) and one upcast weight slice
-FIXED_BYTES = 24 << 20
+# scratch of the torch rows (12 MiB), one upcast weight slice (8 MiB), and what BLAS packs beside
+# them: 20 to 30 MiB of RSS that no allocator shows, seen at H = 576 with 570 rows
+FIXED_BYTES = 48 << 20
 
 
 def round_up(n: int) -> int:
     """n to the next multiple of ROW_MULTIPLE."""
     return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """The operand type of the lm_head inside a CUDA autocast region; None elsewhere.
+
+    On CPU there is no mixed-precision product to gain from, so operands keep their precision.
+    """
+    active = hidden.is_cuda and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if active and hidden.dtype != torch.float64 else None
 
 
 @contextmanager
@@ -58,17 +70,17 @@ class LinearHead:
     softcap: float | None = None
     logit_scale: float = 1.0
     temperature: float = 1.0
+    autocast_dtype: torch.dtype | None = None
+    """From `autocast_dtype`: what the operands of the products are cast to; gradients stay fp32."""
     dtype: torch.dtype = field(init=False)
     """fp32, or fp64 for fp64 inputs: logits, statistics and accumulators."""
     chunk_rows: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
-        if self.hidden.dtype != self.weight.dtype and self.hidden.is_cuda:
-            # autocast: the product runs in its dtype; the gradient still returns in fp32
-            narrow = torch.get_autocast_dtype("cuda")
-            self.hidden, self.weight = self.hidden.to(narrow), self.weight.to(narrow)
-            self.dtype = torch.float32
+        if self.autocast_dtype is not None:
+            self.hidden = self.hidden.to(self.autocast_dtype)
+            self.weight = self.weight.to(self.autocast_dtype)
         V, H = self.weight.shape
         budget = self.workspace_bytes
         if budget is None:
@@ -117,7 +129,8 @@ class LinearHead:
             yield Chunk(slice(start, start + k), hidden[:k], buffer[None, :k])
 
     def gradient_view(self, logits: Tensor) -> Tensor:
-        """Where a row kernel leaves dlogits: over the logits, in their bytes as the narrow type if any."""
+        """Where a row kernel leaves dlogits: over the logits, in their bytes as the narrow type if
+        any."""
         if self.narrow is None:
             return logits
         return logits.view(self.narrow)[..., : self.weight.shape[0]]
@@ -130,7 +143,8 @@ class HeadGradients:
     head: LinearHead
     needs: tuple[bool, bool, bool]
     scale: Tensor | None = None
-    """Power of two by which the upstream gradient was multiplied to survive fp16, 0-d; None for 1."""
+    """Power of two by which the upstream gradient was multiplied to survive fp16, 0-d; None for
+    1."""
     dhidden: Tensor | None = None
     dweight: Tensor | None = None
     dbias: Tensor | None = None
@@ -138,10 +152,12 @@ class HeadGradients:
     def __post_init__(self) -> None:
         head, dtype = self.head, self.head.dtype
         if self.needs[0]:
-            # rows are written once by one full-width GEMM each, so nothing is accumulated here
-            self.dhidden = torch.zeros_like(head.hidden, memory_format=torch.contiguous_format)
+            # fp32 until the upstream scalar (a loss scale, say) has been applied: 1 / tokens times
+            # a probability is below fp16's smallest number
+            self.dhidden = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
         if self.needs[1]:
-            # fp32 (V, H) whatever the weight is stored in: summed over chunks, downcast in `finish`
+            # fp32 (V, H) whatever the weight is stored in: summed over chunks, downcast once by the
+            # caller
             self.dweight = torch.zeros_like(
                 head.weight, dtype=dtype, memory_format=torch.contiguous_format
             )
@@ -152,19 +168,23 @@ class HeadGradients:
         """Add the products of one chunk: dlogits (1, n, V) in the memory of its logits."""
         dlogits = dlogits[0]
         if self.dhidden is not None:
-            out = torch.empty(chunk.hidden.shape, dtype=self.head.dtype, device=chunk.hidden.device)
+            # rows are written once, by one full-width product each
+            if index is None:
+                out = self.dhidden[chunk.rows]
+            else:
+                out = self.dhidden.new_empty(chunk.hidden.shape)
             gemm.input_gradient(dlogits, self.head.weight, out)
             if self.scale is not None:
                 out.div_(self.scale)
-            where = chunk.rows if index is None else index[chunk.rows]
-            self.dhidden[where] = out.to(self.dhidden.dtype)
+            if index is not None:
+                self.dhidden[index[chunk.rows]] = out
         if self.dweight is not None:
             gemm.weight_gradient(dlogits, chunk.hidden, self.dweight)
         if self.dbias is not None:
             self.dbias += dlogits.sum(0, dtype=self.head.dtype)
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dhidden in the dtype of hidden; dweight and dbias still in fp32, with the scale taken out."""
+        """dhidden, dweight and dbias in fp32, with the scale taken out."""
         if self.scale is not None:
             for grad in (self.dweight, self.dbias):
                 if grad is not None:
@@ -173,7 +193,8 @@ class HeadGradients:
 
 
 def fp16_scale(head: LinearHead, upstream: Tensor) -> Tensor | None:
-    """Power of two that lifts the largest |upstream| near 1, for fp16 dlogits; None for other types.
+    """Power of two that lifts the largest |upstream| near 1, for fp16 dlogits; None for other
+    types.
 
     A token's gradient is near 1 / tokens: times a probability it falls below fp16's 6e-8.
     """

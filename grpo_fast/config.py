@@ -1,4 +1,5 @@
-"""LossConfig owns every default of the loss and checks it once; PRESETS is the table of variants."""
+"""LossConfig owns every default of the loss and checks it once; PRESETS is the table of
+variants."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """One variant of the loss: which objective, who counts how much, and over what it is averaged."""
+    """One variant of the loss: which objective, who counts how much, and over what it is
+    averaged."""
 
     objective: str
     """Name of the per-token function in `objectives.py`."""
@@ -19,7 +21,8 @@ class Preset:
     weights: str
     """Row of `weights.SCHEMES`: `sequence_mean`, `token_mean` or `constant_length`."""
     window: bool
-    """True when the denominator spans the accumulation window and all ranks, not one micro-batch."""
+    """True when the denominator spans the accumulation window and all ranks, not one
+    micro-batch."""
     source: str
     """The paper the variant comes from (title, year)."""
 
@@ -80,9 +83,11 @@ class LossConfig:
     epsilon: float = 0.2
     """Lower clip: the ratio is clamped to at least 1 - epsilon."""
     epsilon_high: float | None = None
-    """Upper clip, 1 + epsilon_high; None means epsilon. For cispo it is the raw bound (e.g. 5.0)."""
+    """Upper clip, 1 + epsilon_high; None means epsilon. For cispo it is the raw bound (e.g.
+    5.0)."""
     delta: float | None = None
-    """Two-sided clipping: cap of the unclipped ratio (INTELLECT-2, 2025); above 1 + epsilon_high."""
+    """Two-sided clipping: cap of the unclipped ratio (INTELLECT-2, 2025); above 1 +
+    epsilon_high."""
     beta: float = 0.0
     """Coefficient of the KL penalty against the reference policy."""
     kl_estimator: str = "k3"
@@ -119,8 +124,8 @@ class LossConfig:
         self._check_length()
         if self.loss_type == "cispo" and self.epsilon_high is None:
             warnings.warn(
-                f"loss_type='cispo' without epsilon_high bounds the ratio at epsilon = {self.epsilon}"
-                " (TRL's rule), which scales every on-policy gradient by that number; "
+                "loss_type='cispo' without epsilon_high bounds the ratio at epsilon = "
+                f"{self.epsilon} (TRL's rule), which scales every on-policy gradient by that number; "
                 "set epsilon_high, e.g. 5.0.",
                 stacklevel=3,
             )

@@ -1,8 +1,8 @@
 """The three matrix products of the lm_head, with fp32 results whatever the operands are stored in.
 
-fp32 (and fp64) operands use `torch.mm` as it is. bf16 and fp16 operands on CUDA go to the tensor cores
-with fp32 output, `out_dtype`; elsewhere they are upcast a slice of the vocabulary at a time, which gives
-the same numbers (a product of two bf16 numbers is exact in fp32).
+fp32 (and fp64) operands use `torch.mm` as it is. bf16 and fp16 operands on CUDA go to the tensor
+cores with fp32 output, `out_dtype`; elsewhere they are upcast a slice of the vocabulary at a time,
+which gives the same numbers (a product of two bf16 numbers is exact in fp32).
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ class Rows:
     mask: Tensor
     """(N,) bool: tokens that count."""
     order: Tensor
-    """(N,) int64: rows that may have a gradient, then the other unmasked ones, then the masked ones."""
+    """(N,) int64: rows that may have a gradient, then the other unmasked ones, then the masked
+    ones."""
     n_gradient: int
     """Rows that may have a gradient, on the host."""
     n_unmasked: int

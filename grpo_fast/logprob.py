@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import inputs
 from .backend import select
-from .chunks import HeadGradients, LinearHead, fp16_scale, no_autocast
+from .chunks import HeadGradients, LinearHead, autocast_dtype, fp16_scale, no_autocast
 
 
 class LogProbs(NamedTuple):
@@ -26,7 +26,8 @@ class LogProbs(NamedTuple):
 
 
 def head_stats(head: LinearHead, ids: Tensor, index: Tensor | None, n: int) -> Tensor:
-    """Forward over n listed rows: (4, N) logp, entropy, max, log-sum; zeros elsewhere. 2nHV FLOPs."""
+    """Forward over n listed rows: (4, N) logp, entropy, max, log-sum; zeros elsewhere. 2nHV
+    FLOPs."""
     stats = torch.zeros(4, ids.numel(), dtype=head.dtype, device=ids.device)
     compact = stats if index is None else torch.empty_like(stats[:, :n])
     rows = ids if index is None else ids[index]
@@ -136,10 +137,10 @@ def linear_logprob(
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
         logp = log_softmax(z)[ids]
 
-    Logits are fp32 from the product, and statistics and the accumulators of dweight and dbias are fp32;
-    each gradient is downcast once. Differentiable in logp, entropy and lse. Backward recomputes the logits
-    of the rows whose upstream gradient is not 0; a frozen weight costs no dweight; under
-    `torch.no_grad` only the forward runs.
+    Logits are fp32 from the product, and statistics and the accumulators of dweight and dbias are
+    fp32; each gradient is downcast once. Differentiable in logp, entropy and lse. Backward
+    recomputes the logits of the rows whose upstream gradient is not 0; a frozen weight costs no
+    dweight; under `torch.no_grad` only the forward runs.
 
     Args:
         hidden: (N, H) or (B, T, H), fp32, fp16, bf16 or fp64.
@@ -148,7 +149,8 @@ def linear_logprob(
         mask: shaped like ids, non-zero where a token counts; masked rows are never read.
         temperature: > 0. softcap: None or > 0. logit_scale: not 0.
         entropy: also return the entropy of each distribution.
-        workspace_bytes: bound on the temporary memory in bytes; None: 1 GiB on CUDA, 128 MiB elsewhere.
+        workspace_bytes: bound on the temporary memory in bytes; None: 1 GiB on CUDA, 128 MiB
+            elsewhere.
 
     Returns:
         LogProbs, each field shaped like ids, fp32 (fp64 for fp64 inputs), 0 where masked.
@@ -166,6 +168,7 @@ def linear_logprob(
         "softcap": softcap,
         "logit_scale": float(logit_scale),
         "temperature": float(temperature),
+        "autocast_dtype": autocast_dtype(hidden),
     }
     flat = hidden.reshape(-1, hidden.shape[-1])
     logp, ent, lse = _LinearLogProb.apply(flat, weight, bias, rows.ids, rows, options)
@@ -217,11 +220,12 @@ def logprob(
 ) -> LogProbs:
     """Log-probs of ids under given logits: log_softmax(logits / temperature)[ids].
 
-    Arithmetic in fp32 whatever the logits are stored in; the gradient has their dtype. Differentiable
-    in logp, entropy and lse.
+    Arithmetic in fp32 whatever the logits are stored in; the gradient has their dtype.
+    Differentiable in logp, entropy and lse.
 
     Args:
-        logits: (N, V) or (B, T, V), stride 1 over V; other strides are free (e.g. `logits[:, :-1]`).
+        logits: (N, V) or (B, T, V), stride 1 over V; other strides are free (e.g. `logits[:,
+            :-1]`).
         ids: (N,) or (B, T) integers, in [0, V) where unmasked.
         mask: shaped like ids, non-zero where a token counts; masked rows are never read.
         temperature: > 0. entropy: also return the entropy of each distribution.

@@ -1,8 +1,8 @@
-"""The policy loss from logits, or from hidden states and the lm_head: `loss = sum(weight * token_loss)`.
+"""The policy loss, sum(weight * token_loss), from logits or from hidden states and the lm_head.
 
-Token-level ratios go in one pass (logits chunk -> objective -> dlogits in place -> dhidden, dweight:
-6NHV); sequence-level ratios in two (log-probs of all, objective on (N,), backward on the rows that
-still have a gradient: 2NHV + 6NHV times their share). Without a gradient wanted: 2NHV.
+Token-level ratios go in one pass (logits chunk -> objective -> dlogits in place -> dhidden,
+dweight: 6NHV); sequence-level ratios in two (log-probs of all, objective on (N,), backward on the
+rows that still have a gradient: 2NHV + 6NHV times their share). Without a gradient wanted: 2NHV.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from . import inputs, objectives
 from .backend import Backend, select
 from .batch import Batch, objective_arguments, prepare
-from .chunks import HeadGradients, LinearHead, fp16_scale, no_autocast
+from .chunks import HeadGradients, LinearHead, autocast_dtype, fp16_scale, no_autocast
 from .config import LossConfig
 from .logprob import head_gradients, head_stats
 from .metrics import Terms, summarize
@@ -115,7 +115,7 @@ def _linear_one_pass(head: LinearHead, batch: Batch, needs: tuple[bool, bool, bo
 
 
 class _Attach(torch.autograd.Function):
-    """Give a finished loss its finished gradients: backward only multiplies by the upstream scalar."""
+    """Give a finished loss its gradients: backward only multiplies by the upstream scalar."""
 
     @staticmethod
     def forward(ctx, loss, gradients, *tensors):
@@ -160,26 +160,31 @@ def linear_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO-family loss from hidden states and the lm_head, without ever holding the (N, V) logits.
 
-    The loss of `LossConfig`, with z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
-    / temperature and logp = log_softmax(z)[ids]. Gradients for hidden, weight and bias are computed in the
-    forward pass (skipped under `torch.no_grad`) and kept for one backward. fp32 logits, statistics and
-    accumulators; each gradient is downcast once. Masked rows enter no product; rows whose advantage is 0
-    (with beta = 0) enter only the forward one.
+    The loss of `LossConfig`, with z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) /
+    softcap) / temperature and logp = log_softmax(z)[ids]. Gradients for hidden, weight and bias are
+    computed in the forward pass (skipped under `torch.no_grad`) and kept for one backward. fp32
+    logits, statistics and accumulators; each gradient is downcast once. Masked rows enter no
+    product; rows whose advantage is 0 (with beta = 0) enter only the forward one.
 
     Args:
         hidden: (B, T, H) or packed (N, H); hidden[..., t, :] predicts ids[..., t].
-        weight: (V, H) in the dtype of hidden (or any under autocast); frozen when it needs no gradient.
+        weight: (V, H) in the dtype of hidden (or any under autocast); frozen when it needs no
+            gradient.
         ids: (B, T) or (N,) sampled tokens, in [0, V) where unmasked.
         advantages: contiguous (B,), (B, T), or packed (S,) or (N,).
         config: None for `LossConfig()`.
-        mask: shaped like ids, non-zero where a token counts. What is masked may hold anything, NaN too.
+        mask: shaped like ids, non-zero where a token counts. What is masked may hold anything, NaN
+            too.
         cu_seqlens: (S+1,) boundaries of a packed batch.
-        old_logp: shaped like ids, log-probs of the policy that sampled (nats); None: on-policy, ratio 1.
+        old_logp: shaped like ids, log-probs of the policy that sampled (nats); None: on-policy,
+            ratio 1.
         ref_logp: shaped like ids, log-probs of the reference (nats); needed when beta > 0.
         bias: (V,) or None. softcap: None or > 0. logit_scale: not 0.
-        denominator: the count that the loss type divides by (`weights.count`), over the accumulation
-            window and all ranks (divided by the world size when gradients are averaged); None: this call's.
-        workspace_bytes: bound on the temporary memory in bytes; None: 1 GiB on CUDA, 128 MiB elsewhere.
+        denominator: the count that the loss type divides by (`weights.count`), over the
+            accumulation window and all ranks (divided by the world size when gradients are
+            averaged); None: this call's.
+        workspace_bytes: bound on the temporary memory in bytes; None: 1 GiB on CUDA, 128 MiB
+            elsewhere.
 
     Returns:
         loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.
@@ -216,6 +221,7 @@ def linear_policy_loss(
             softcap,
             float(logit_scale),
             float(config.temperature),
+            autocast_dtype(hidden),
         )
         if config.importance_sampling_level == "token":
             terms, gradients = _linear_one_pass(head, batch, needs)
@@ -280,11 +286,12 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO-family loss from given logits, with logp = log_softmax(logits / temperature)[ids].
 
-    At token level one launch reads each row, evaluates the objective and writes its gradient. Arithmetic
-    in fp32 whatever the logits are stored in; the gradient has their dtype.
+    At token level one launch reads each row, evaluates the objective and writes its gradient.
+    Arithmetic in fp32 whatever the logits are stored in; the gradient has their dtype.
 
     Args:
-        logits: (B, T, V) or packed (N, V), stride 1 over V; other strides are free (`logits[:, :-1]`).
+        logits: (B, T, V) or packed (N, V), stride 1 over V; other strides are free (`logits[:,
+            :-1]`).
         inplace: write the gradient over the logits (saves N V elements). Autograd is told: another
             use of the logits in backward raises.
         Others: as in `linear_policy_loss`.

@@ -1,4 +1,5 @@
-"""Per-token terms -> the loss and its metrics, as 0-d tensors: reading them is the caller's one host sync."""
+"""Per-token terms -> the loss and its metrics, as 0-d tensors: reading them is the caller's one
+host sync."""
 
 from __future__ import annotations
 
@@ -32,11 +33,12 @@ def summarize(
 
     Returns:
         loss: 0-d; exactly 0 when everything is masked.
-        metrics: `loss`; `kl` (nats, only with a reference); `entropy` (nats); `clip_low` and `clip_high`
-            (share of tokens whose ratio left the bounds on the side its advantage pushes to),
-            `clip_ratio` (their sum); `ratio_mean`, `ratio_min`, `ratio_max`; and counts: `tokens`,
-            `active_rows` (derivative not exactly 0), `nonfinite_tokens` (NaN or infinite log-prob or
-            loss), `clamped_ratios` (|log-ratio| above 20 nats).
+        metrics: `loss`; `kl` (nats, only with a reference); `entropy` (nats); `clip_low` and
+            `clip_high` (share of tokens whose ratio left the bounds on the side its advantage
+            pushes to), `clip_ratio` (their sum); `ratio_mean`, `ratio_min`, `ratio_max`; and
+            counts: `tokens`, `active_rows` (derivative not exactly 0), `nonfinite_tokens` (NaN or
+                infinite log-prob
+            or loss), `clamped_ratios` (|log-ratio| above 20 nats).
     """
     total = terms.loss.sum()
     device, dtype = total.device, total.dtype

@@ -1,10 +1,10 @@
 """Per-token objectives and KL estimators, written once for torch and for Triton.
 
 The kernels compile these very functions with `m` bound to `triton.language` (`kernels/lang.py`), so
-they use arithmetic and `m.exp`, `m.log`, `m.where` only: no shapes, no branch on a value; a branch on
-an upper-case argument is decided when the kernel is compiled. Each returns the derivative beside the
-value, because a stop-gradient lives in the derivative; `reference.py` writes the detach out and a
-float64 test compares the two. Comparisons are arranged so that a NaN reaches both outputs.
+they use arithmetic and `m.exp`, `m.log`, `m.where` only: no shapes, no branch on a value; a branch
+on an upper-case argument is decided when the kernel is compiled. Each returns the derivative beside
+the value, because a stop-gradient lives in the derivative; `reference.py` writes the detach out and
+a float64 test compares the two. Comparisons are arranged so that a NaN reaches both outputs.
 """
 
 import torch as m

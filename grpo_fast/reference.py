@@ -1,4 +1,5 @@
-"""The whole loss in the plainest torch: no chunking, any dtype, autograd only. What the tests trust."""
+"""The whole loss in the plainest torch: no chunking, any dtype, autograd only. What the tests
+trust."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def head_logits(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), (..., H) x (V, H) -> (..., V)."""
+    """softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), (..., H) x (V, H) ->
+    (..., V)."""
     logits = hidden @ weight.T
     if bias is not None:
         logits = logits + bias
@@ -25,7 +27,8 @@ def head_logits(
 
 
 def logprob(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of ids, entropy and log-sum-exp of softmax(logits / temperature), each (...,), nats."""
+    """Log-prob of ids, entropy and log-sum-exp of softmax(logits / temperature), each (...,),
+    nats."""
     logits = logits / temperature
     log_p = torch.log_softmax(logits, -1)
     # a banned token (-inf) contributes p log p = 0
@@ -58,7 +61,8 @@ def policy_loss(
     """The loss of `LossConfig` for a padded batch.
 
     Args:
-        logits: (B, T, V) any floating dtype; ids: (B, T); advantages: (B,) or (B, T); mask: (B, T) bool.
+        logits: (B, T, V) any floating dtype; ids: (B, T); advantages: (B,) or (B, T); mask: (B, T)
+            bool.
     """
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     # what is masked is replaced before any arithmetic, so that NaN there cannot reach a gradient

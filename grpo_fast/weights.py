@@ -1,5 +1,5 @@
-"""Who counts how much: `loss = sum(weight * token_loss)`. No collectives: whoever knows the ranks passes
-`denominator`."""
+"""Who counts how much: `loss = sum(weight * token_loss)`. No collectives: whoever knows the ranks
+passes `denominator`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def boundaries(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def sequence_sum(values: Tensor, bounds: Tensor) -> Tensor:
-    """Sum of values (N,) over each sequence -> (S,), in a fixed order and in the dtype of values."""
+    """Sum of values (N,) over each sequence -> (S,), in a fixed order and in the dtype of
+    values."""
     if values.numel() == 0:
         return values.new_zeros(bounds.numel() - 1)
     return torch.segment_reduce(values, "sum", offsets=bounds, axis=0, initial=0.0)
@@ -35,7 +36,8 @@ def spread(values: Tensor, bounds: Tensor, n: int) -> Tensor:
 
 
 def count(config: LossConfig, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """What this batch adds to the denominator: tokens (dapo, bnpo, cispo) or sequences (grpo, dr_grpo).
+    """What this batch adds to the denominator: tokens (dapo, bnpo, cispo) or sequences (grpo,
+    dr_grpo).
 
     Args:
         mask: (B, T), or packed (N,) with cu_seqlens; non-zero where a token counts.
@@ -58,13 +60,14 @@ def token_weights(
 ) -> Tensor:
     """Weight (N,) of every token; exactly 0 where mask is False.
 
-    sequence_mean (grpo): 1 / (length_i * denominator); token_mean (dapo, bnpo, cispo): 1 / denominator;
-    constant_length (dr_grpo): 1 / (denominator * max_completion_length).
+    sequence_mean (grpo): 1 / (length_i * denominator); token_mean (dapo, bnpo, cispo): 1 /
+    denominator; constant_length (dr_grpo): 1 / (denominator * max_completion_length).
 
     Args:
         mask: (N,) bool.
         bounds: (S+1,) int64 from `boundaries`.
-        denominator: count over the accumulation window (and ranks / world size); None: this batch's.
+        denominator: count over the accumulation window (and ranks / world size); None: this
+            batch's.
     """
     scheme = config.preset.weights
     if denominator is None:

@@ -1,7 +1,8 @@
-"""Device vocabulary of the row kernels: a logit tile, the statistics of a row, the gradient of a row.
+"""Device vocabulary of the row kernels: a logit tile, the statistics of a row, the gradient of a
+row.
 
-Every kernel here works on one row of logits per program, in fp32 whatever the storage type. `z` is the
-transformed logit: z = softcap * tanh(scale * x / softcap) * inv_temperature.
+Every kernel here works on one row of logits per program, in fp32 whatever the storage type. `z` is
+the transformed logit: z = softcap * tanh(scale * x / softcap) * inv_temperature.
 """
 
 import types
@@ -31,8 +32,8 @@ def device_function(fn: types.FunctionType, _made: dict = {}):  # noqa: B006 (a 
 
 @triton.jit
 def row_pointer(ptr, row, T, stride_b, stride_t):
-    """Start of row `row` of a (B, T, V) tensor, given as its strides over B and T. row is int64, so the
-    products are."""
+    """Start of row `row` of a (B, T, V) tensor, given as its strides over B and T. row is int64, so
+    the products are."""
     return ptr + (row // T) * stride_b + (row % T) * stride_t
 
 
@@ -45,7 +46,8 @@ def log1p(x):
 
 @triton.jit
 def one_minus_exp(x):
-    """1 - exp(x) = -expm1(x) for x <= 0: Taylor to x^9 above -0.5, where 1 - exp(x) would cancel."""
+    """1 - exp(x) = -expm1(x) for x <= 0: Taylor to x^9 above -0.5, where 1 - exp(x) would
+    cancel."""
     s = 1.0 + x / 9.0
     s = 1.0 + x / 8.0 * s
     s = 1.0 + x / 7.0 * s
@@ -59,7 +61,8 @@ def one_minus_exp(x):
 
 @triton.jit
 def tanh(x):
-    """tanh without libdevice (the interpreter has none): odd Taylor polynomial below 0.25, else exp."""
+    """tanh without libdevice (the interpreter has none): odd Taylor polynomial below 0.25, else
+    exp."""
     x2 = x * x
     small = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
     e = tl.exp(-2.0 * tl.abs(x))
@@ -143,11 +146,12 @@ def store_row_gradient(
     HAS_DENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dx_j = chain * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])], one row.
+    """dx_j = chain * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])], one
+    row.
 
-    chain = scale * inv_temperature * (1 - tanh^2). The target's own 1 - p comes from -expm1(logp). The
-    output may be the input: each tile is read whole before it is overwritten. It may also be the same
-    bytes as a narrower type, whose tile lies in front of what is still to be read.
+    chain = scale * inv_temperature * (1 - tanh^2). The target's own 1 - p comes from -expm1(logp).
+    The output may be the input: each tile is read whole before it is overwritten. It may also be
+    the same bytes as a narrower type, whose tile lies in front of what is still to be read.
     """
     expected = log_sum - entropy
     for start in range(0, V, BLOCK_V):

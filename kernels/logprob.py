@@ -77,7 +77,8 @@ def logprob_bwd_kernel(
     HAS_DENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """out[n] = dloss/dlogits[n] from dlogp, dlse and dentropy of row n; zeros where active[n] == 0."""
+    """out[n] = dloss/dlogits[n] from dlogp, dlse and dentropy of row n; zeros where active[n] ==
+    0."""
     n = tl.program_id(0).to(tl.int64)
     grad_ptr = row_pointer(out_ptr, n, T, stride_out_b, stride_out_t)
     logp_ptr = stats_ptr + n
@@ -171,7 +172,8 @@ def logprob_bwd(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:
-    """Fill out (B, T, V) with the gradient by logits; out may be logits itself, or its bytes as bf16/fp16.
+    """Fill out (B, T, V) with the gradient by logits; out may be logits itself, or its bytes as
+    bf16/fp16.
 
     Args:
         stats: (4, N) from `logprob_fwd`; dlogp, dlse, dentropy: (N,) fp32 upstream gradients.

@@ -1,7 +1,7 @@
 """The one-pass policy loss from rows of logits: log-prob, objective, KL and gradient in one launch.
 
-Bytes per row of V logits of e bytes: reads 2 V e (the second read hits L2 while the rows in flight fit
-there), writes V e. Without a gradient: reads V e.
+Bytes per row of V logits of e bytes: reads 2 V e (the second read hits L2 while the rows in flight
+fit there), writes V e. Without a gradient: reads V e.
 """
 
 from collections.abc import Callable
@@ -57,7 +57,8 @@ def policy_kernel(
     WRITE_GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """terms[:, n] = weighted loss, logp, entropy, ratio, kl, dloss/dlogp; out[n] = dloss/dlogits[n]."""
+    """terms[:, n] = weighted loss, logp, entropy, ratio, kl, dloss/dlogp; out[n] =
+    dloss/dlogits[n]."""
     n = tl.program_id(0).to(tl.int64)
     loss, logp, entropy, ratio, kl, dlogp = 0.0, 0.0, 0.0, 1.0, 0.0, 0.0
     peak, log_sum = 0.0, 0.0
@@ -160,8 +161,8 @@ def policy(
     """Fill terms (6, N) fp32 and, unless out is None, out (B, T, V) with dloss/dlogits.
 
     Args:
-        logits: (B, T, V) fp32, fp16 or bf16 with stride 1 over V; out may be logits itself, or its bytes
-            as a narrower type.
+        logits: (B, T, V) fp32, fp16 or bf16 with stride 1 over V; out may be logits itself, or its
+            bytes as a narrower type.
         ids, advantages, weights, old_logp, ref_logp, active: (N,), N = B * T; floats are fp32.
         token_loss, objective, kl: functions of `grpo_fast/objectives.py`.
         bounds: lowest and highest ratio, cap of the unclipped ratio.

@@ -1,4 +1,5 @@
-"""Small batches with realistic, peaked logits, and the float64 truth of `grpo_fast/reference.py` for them."""
+"""Small batches with realistic, peaked logits, and the float64 truth of `grpo_fast/reference.py`
+for them."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def configurations() -> list[tuple[LossConfig, bool, bool]]:
-    """Every loss type x level x KL (none, or an estimator, plain or ratio-weighted) x old given or not."""
+    """Every loss type x level x KL (none, or an estimator, plain or ratio-weighted) x old given or
+    not."""
     out = []
     for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
         for level in ("token", "sequence"):

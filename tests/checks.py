@@ -1,4 +1,5 @@
-"""What both backends must show; `test_loss.py` runs it on torch, `test_triton_loss.py` on the kernels."""
+"""What both backends must show; `test_loss.py` runs it on torch, `test_triton_loss.py` on the
+kernels."""
 
 from __future__ import annotations
 

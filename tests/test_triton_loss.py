@@ -1,4 +1,5 @@
-"""The policy losses on the Triton kernels, in Triton's interpreter, against the float64 reference."""
+"""The policy losses on the Triton kernels, in Triton's interpreter, against the float64
+reference."""
 
 import os
 

@@ -1,0 +1,49 @@
+"""Log-prob operations on the Triton kernels, in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
+
+import op_checks
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch):
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
+
+
+@pytest.mark.parametrize("n, V", [(1, 1), (3, 2), (63, 77), (200, 129), (3, 32001), (1, 151936)])
+def test_logprob_equals_float64(n, V):
+    op_checks.check_logprob(n, V)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logprob_of_half_precision_logits(dtype):
+    op_checks.check_logprob(63, 1000, dtype)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        op_checks.check_stable_ends,
+        op_checks.check_transforms,
+        op_checks.check_nan_is_seen,
+        op_checks.check_row_statistics_do_not_depend_on_batch,
+        op_checks.check_extreme_ratios_are_clamped_and_counted,
+        op_checks.check_small_gradients_survive_fp16,
+        op_checks.check_int64_rows,
+    ],
+    ids=lambda check: check.__name__,
+)
+def test_operation(check):
+    check()
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_rule(dtype, level):
+    op_checks.check_low_precision(dtype, level)
