@@ -57,8 +57,8 @@ def make_case(
 def truth(case: Case, config: LossConfig, *, use_old: bool, use_ref: bool, **head):
     """Loss, dhidden, dweight and dlogits of the reference in float64."""
     hidden = torch.where(case.mask[..., None], case.hidden, torch.zeros_like(case.hidden))
-    hidden = hidden.double().requires_grad_()
-    weight = case.weight.double().requires_grad_()
+    hidden = hidden.double().clone().requires_grad_()
+    weight = case.weight.double().clone().requires_grad_()
     logits = reference.head_logits(hidden, weight, **head)
     logits.retain_grad()
     loss = reference.policy_loss(

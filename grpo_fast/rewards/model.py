@@ -1,0 +1,116 @@
+"""RewardModel: a sequence classifier with one label as a reward function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+# bounds the activations of one forward; a generation batch may hold thousands of completions
+_ROWS = 32
+
+
+class RewardModel:
+    """reward_i = classifier(prompt_i + completion_i).logits[0].
+
+    Plain strings are joined as they are, without special tokens; conversations are rendered with
+    the reward model's own chat template. Rows are padded on the right and read in eval mode
+    without a graph, in the dtype of the model.
+
+    Args:
+        model: checkpoint folder or hub name, loaded with `num_labels=1`, or a model with one label.
+        tokenizer: its tokenizer; None loads it from the checkpoint.
+        device: where the model is moved; None leaves it where it is.
+        init_kwargs: keyword arguments of `from_pretrained` for a checkpoint.
+
+    Raises:
+        ValueError: for more than one label, a checkpoint without classifier weights (they would be
+            random), or a tokenizer with neither padding nor end token.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        device: torch.device | str | None = None,
+        init_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if isinstance(model, str):
+            model = _load(model, init_kwargs or {})
+        config = getattr(model, "config", None)
+        if getattr(config, "num_labels", None) != 1:
+            raise ValueError(
+                "reward_funcs: a reward model must be a sequence classifier with num_labels=1, got "
+                f"{type(model).__name__} with num_labels={getattr(config, 'num_labels', None)}."
+            )
+        source = config.name_or_path
+        self.__name__ = source.rstrip("/").split("/")[-1] or type(model).__name__
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token is None:
+                raise ValueError(
+                    f"reward model {self.__name__!r}: its tokenizer has no padding token."
+                )
+            tokenizer.pad_token = tokenizer.eos_token
+        # decoder classifiers find the last real token by this id
+        config.pad_token_id = tokenizer.pad_token_id
+        self.tokenizer = tokenizer
+        self.model = model.eval() if device is None else model.eval().to(device)
+
+    def __call__(self, prompts: list[Any], completions: list[Any]) -> list[float]:
+        """One number per completion."""
+        texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
+        rewards: list[float] = []
+        for start in range(0, len(texts), _ROWS):
+            rewards += self._score(texts[start : start + _ROWS], start)
+        return rewards
+
+    def _text(self, prompt: Any, completion: Any) -> str:
+        if isinstance(prompt, str):
+            return prompt + completion
+        return self.tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+
+    def _score(self, texts: list[str], start: int) -> list[float]:
+        batch = self.tokenizer(
+            texts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            add_special_tokens=False,
+        ).to(self.model.device)
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        lengths = batch["attention_mask"].sum(1)
+        if limit is not None and lengths.max() > limit:
+            row = int(lengths.argmax())
+            raise ValueError(
+                f"completion {start + row} with its prompt has {int(lengths[row])} tokens, more "
+                f"than the reward model's context of {limit}."
+            )
+        with torch.inference_mode():
+            return self.model(**batch).logits[:, 0].float().tolist()
+
+
+def _load(name: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=1, output_loading_info=True, **init_kwargs
+        )
+    # transformers reports a missing or unreadable checkpoint as OSError
+    except OSError as error:
+        raise ValueError(
+            f"reward {name!r}: no reward model could be loaded from this checkpoint: {error}"
+        ) from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(
+            f"reward {name!r}: the checkpoint has no weights for {missing}; a reward model must be "
+            "a trained sequence classifier, these would be random."
+        )
+    return model

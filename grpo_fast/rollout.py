@@ -1,0 +1,188 @@
+"""Sampling completions from the policy with Hugging Face `generate`."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode
+
+from grpo_fast.heads import backbone, evaluating, innermost
+
+# `generate` replaces an unset field by the checkpoint's own generation_config, and an unset top_k
+# by 50. Either samples from another distribution than the loss assumes.
+_SAMPLING_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
+
+
+@dataclass
+class Rollouts:
+    """P prompts with G completions each, prompt after prompt.
+
+    Args:
+        prompt_ids: P * G prompts, without padding.
+        completion_ids: P * G completions: the EOS token included when it was sampled, and nothing
+            after it.
+        truncated: P * G flags, True where no EOS was sampled.
+    """
+
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    truncated: list[bool]
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: list[list[int]],
+    num_generations: int,
+    *,
+    generation_config: GenerationConfig,
+    pad_id: int,
+    eos_ids: set[int],
+    shared_prefill: bool = True,
+) -> Rollouts:
+    """Sample `num_generations` completions of every prompt, from the global torch RNG.
+
+    Runs in eval mode on the causal language model inside `model`, with its adapters. A field of
+    `generation_config` that is None is off: the checkpoint's own sampling settings are not read.
+    So `do_sample` must be True for sampling, as in transformers.
+
+    Args:
+        model: the policy, its parameters whole (not sharded) on this rank.
+        prompts: P prompts as token ids.
+        num_generations: G.
+        generation_config: `max_new_tokens` and the sampling settings; one sequence, no beams.
+        pad_id: the padding token; may be an EOS token.
+        eos_ids: tokens that end a completion; may be empty.
+        shared_prefill: run each prompt through the model once and repeat its cache G times, where
+            the model has a plain key-value cache. The completions are the same either way.
+
+    Raises:
+        ValueError: an empty prompt, a prompt token outside the vocabulary, a prompt that leaves no
+            room for `max_new_tokens` in the context (with the row and the two lengths), or a
+            setting that this function does not support.
+    """
+    lm = innermost(model)
+    config = _resolve(generation_config, pad_id, eos_ids)
+    _check(lm, prompts, num_generations, config)
+    ids, mask = _left_pad(prompts, lm.device)
+    repeated = {
+        "input_ids": ids.repeat_interleave(num_generations, 0),
+        "attention_mask": mask.repeat_interleave(num_generations, 0),
+    }
+    own = lm.generation_config
+    with evaluating(lm):
+        if shared_prefill and num_generations > 1 and ids.shape[1] > 1:
+            repeated.update(_prefill(lm, ids, mask, num_generations, config))
+        lm.generation_config = GenerationConfig()
+        try:
+            out = lm.generate(**repeated, generation_config=config)
+        finally:
+            lm.generation_config = own
+    completions = [_until_eos(row, eos_ids) for row in out[:, ids.shape[1] :].tolist()]
+    return Rollouts(
+        prompt_ids=[list(prompt) for prompt in prompts for _ in range(num_generations)],
+        completion_ids=completions,
+        truncated=[not (row and row[-1] in eos_ids) for row in completions],
+    )
+
+
+def _resolve(config: GenerationConfig, pad_id: int, eos_ids: set[int]) -> GenerationConfig:
+    """Return a copy with every unset field off, after refusing what is not supported."""
+    config = copy.deepcopy(config)
+    for name, value in _SAMPLING_OFF.items() if config.do_sample else ():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+        raise ValueError(f"generation_config: expected sampling or greedy search, got {mode.value}")
+    if not config.max_new_tokens or config.max_new_tokens < 1:
+        got = config.max_new_tokens
+        raise ValueError(f"generation_config: expected max_new_tokens >= 1, got {got}")
+    if (config.num_return_sequences or 1) != 1:
+        raise ValueError(
+            "generation_config: expected num_return_sequences=1 (num_generations says how many), "
+            f"got {config.num_return_sequences}"
+        )
+    for name in ("stop_strings", "max_time"):
+        if getattr(config, name, None) is not None:
+            raise ValueError(
+                f"generation_config: {name} ends a completion without an EOS token, which would "
+                "make it look truncated; expected None"
+            )
+    config.pad_token_id = pad_id
+    config.eos_token_id = sorted(eos_ids) or None
+    config.return_dict_in_generate = False
+    return config
+
+
+def _check(
+    lm: PreTrainedModel, prompts: list[list[int]], num_generations: int, config: GenerationConfig
+) -> None:
+    if not prompts:
+        raise ValueError("prompts: expected at least one prompt, got none")
+    if num_generations < 1:
+        raise ValueError(f"num_generations: expected an int >= 1, got {num_generations}")
+    vocab = lm.get_input_embeddings().num_embeddings
+    context = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompts: expected at least one token, got none in row {row}")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            bad = next(token for token in prompt if not 0 <= token < vocab)
+            raise ValueError(f"prompts: expected ids in [0, {vocab}), got {bad} in row {row}")
+        if context is not None and len(prompt) + config.max_new_tokens > context:
+            raise ValueError(
+                f"prompts: row {row} has {len(prompt)} tokens, which with max_new_tokens="
+                f"{config.max_new_tokens} is more than the context of {context}"
+            )
+
+
+def _left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, (P, L) int64.
+
+    The filler is the first token of the row itself. The mask hides it from the model, but a
+    repetition penalty looks at the ids only, and would punish a pad token, often the EOS, in
+    exactly those rows whose neighbours are longer.
+    """
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _prefill(
+    lm: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int, config: GenerationConfig
+) -> dict[str, Any]:
+    """Run all tokens of each prompt but the last, and return the cache repeated for its group.
+
+    Empty when the model has another kind of cache: recurrent states, or one of its own.
+    """
+    if config.use_cache is False or config.cache_implementation not in (None, "dynamic"):
+        return {}
+    if not lm._supports_default_dynamic_cache():
+        return {}
+    cache = DynamicCache(config=lm.config.get_text_config(decoder=True))
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return {}
+    prefix, seen = ids[:, :-1], mask[:, :-1]
+    positions = (seen.cumsum(-1) - 1).clamp(min=0)
+    backbone(lm)(
+        input_ids=prefix,
+        attention_mask=seen,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    cache.batch_repeat_interleave(repeats)
+    return {"past_key_values": cache}
+
+
+def _until_eos(row: list[int], eos_ids: set[int]) -> list[int]:
+    end = next((t for t, token in enumerate(row) if token in eos_ids), len(row) - 1)
+    return row[: end + 1]

@@ -1,0 +1,302 @@
+"""GRPOTrainer: `generate -> score -> advantages -> batch -> loss -> log` on top of transformers' Trainer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from .advantages import group_advantages
+from .heads import evaluating
+from .loss import linear_policy_loss
+from .models import ReferencePolicy, attach
+from .packing import PackedBatch, check_packing, completion_logprobs, default_row_length, pack
+from .reporting import CompletionLog, Curves, Metrics, MetricsFile, add_rollouts, loss_metrics
+from .rewards import RewardSet, weighted
+from .rollout import Rollouts, generate
+from .sampler import check_prompts, column_names, is_conversational
+from .trainer_config import GRPOConfig
+from .trainer_loop import Example, MicroBatch, RolloutTrainer, StepCallback
+from .trainer_setup import check_arguments, generation_of, policy_of, prompt_room, tokenizer_of
+
+_PACKED = ("input_ids", "position_ids", "rows", "ids", "cu_seqlens")
+
+
+class GRPOTrainer(RolloutTrainer):
+    """Trains a causal language model with GRPO on rewards of its own completions.
+
+    One window is sampled for `steps_per_generation` micro-batches and used `num_iterations` times. Each
+    stage is a method that a subclass can replace:
+
+        generate(examples, G)            -> Rollouts       sample G completions of each prompt
+        score(examples, rollouts)        -> (B, K)         rewards of this rank, NaN = unscorable
+        advantages(rewards, G)           -> (B,), (P, G)   from the rewards of all ranks
+        batch(rollouts, advantages)      -> [MicroBatch]   packed tensors, old and reference log-probs
+        loss(model, micro_batch)         -> loss, metrics  one forward through the wrapped model
+        log(logs)                                          metrics, completions, TRL's names
+
+    Args:
+        model: checkpoint name or path, a causal `PreTrainedModel`, or a `PeftModel`.
+        reward_funcs: one or several of: callable (TRL's convention), reward model, its checkpoint name.
+        args: `GRPOConfig`.
+        train_dataset: map-style rows with `prompt` (text or messages); other columns go to the rewards.
+        eval_dataset: the same, or a dict of them.
+        processing_class: tokenizer; default: the one of the model.
+        reward_processing_classes: tokenizers of the reward models.
+        callbacks, optimizers: as for `Trainer`.
+        peft_config: wraps the model in an adapter; the reference is then the model without it.
+
+    Raises:
+        ValueError: for bad arguments, data, head or output folder, before any work.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: Any,
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+    ) -> None:
+        args = GRPOConfig(output_dir="grpo-output") if args is None else args
+        datasets = check_arguments(args, train_dataset, eval_dataset, model, peft_config)
+        tokenizer = tokenizer_of(model, processing_class, args)
+        init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "gguf_file"}
+        self.rewards = RewardSet(
+            reward_funcs, reward_processing_classes, args.reward_weights, args.device, init_kwargs
+        )
+        for dataset in datasets.values():
+            self.rewards.check_columns(column_names(dataset))
+        model = policy_of(model, args, peft_config)
+        self.loss_config = args.loss_config()
+        self.generation_config, self.eos_ids = generation_of(args, model, tokenizer)
+        self.processing_class, self.args = tokenizer, args
+        room = prompt_room(model, args)
+        digests = {n: check_prompts(n, d, self.encode, room) for n, d in datasets.items()}
+        self._data_digest = digests.get("train_dataset")
+        super().__init__(
+            model,
+            args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[MetricsFile(args.output_dir), Curves(args.output_dir), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        # transformers below 5.20 asks this instead of loss_is_scaled_for_ga
+        self.model_accepts_loss_kwargs = True
+        self.add_callback(StepCallback(self))
+        self._prepare_policy()
+        # ranks that start from one seed would sample alike
+        set_seed(args.seed, device_specific=True)
+
+    def _prepare_policy(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("args: sampling from sharded parameters (FSDP, DeepSpeed) is not supported.")
+        attach(self.model)
+        check_packing(self.model, self.processing_class.pad_token_id)
+        self.row_length = default_row_length(self.model)
+        peft = hasattr(self.model, "peft_config")
+        self.reference = ReferencePolicy(self.model, peft) if self.args.beta else None
+        self.metrics = Metrics(self.args.device)
+        self.completions = CompletionLog()
+        self._reset_run()
+
+    def encode(self, prompt: Any) -> list[int]:
+        """Token ids of a prompt, through the chat template when it is a list of messages."""
+        if not is_conversational(prompt):
+            return self.processing_class(prompt)["input_ids"]
+        answered = prompt[-1]["role"] == "assistant"
+        return self.processing_class.apply_chat_template(
+            prompt,
+            tokenize=True,
+            return_dict=False,
+            add_generation_prompt=not answered,
+            continue_final_message=answered,
+            **(self.args.chat_template_kwargs or {}),
+        )
+
+    def generate(self, examples: list[Example], num_generations: int) -> Rollouts:
+        """Stage 1: sample `num_generations` completions of each example's prompt, in order."""
+        with self.accelerator.autocast():
+            return generate(
+                self.model,
+                [self.encode(example["prompt"]) for example in examples],
+                num_generations,
+                generation_config=self.generation_config,
+                pad_id=self.processing_class.pad_token_id,
+                eos_ids=self.eos_ids,
+            )
+
+    def score(self, examples: list[Example], rollouts: Rollouts) -> Tensor:
+        """Stage 2: rewards (B, K) of this rank, float32 on the CPU, NaN = unscorable."""
+        prompts = [example["prompt"] for example in examples]
+        columns = {name: [example[name] for example in examples] for name in examples[0]}
+        del columns["prompt"]
+        return self.rewards.score(
+            prompts,
+            [_completion(p, t) for p, t in zip(prompts, self._texts(rollouts), strict=True)],
+            rollouts.completion_ids,
+            columns,
+            trainer_state=self.state,
+            log_extra=self._extras.__setitem__,
+            log_metric=self._metrics_in_use.add,
+        )
+
+    def advantages(self, rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
+        """Stage 3: rewards (B, K) of all ranks -> advantages (B,) and weighted rewards (P, G)."""
+        total = weighted(rewards, self.rewards.weights).view(-1, num_generations)
+        return group_advantages(total, self.args.scale_rewards).flatten(), total
+
+    def batch(self, rollouts: Rollouts, advantages: Tensor, evaluate: bool = False) -> list[MicroBatch]:
+        """Stage 4: packed micro-batches of this rank's rollouts, advantages (B,) beside them.
+
+        A micro-batch holds tensors or None: those of `PackedBatch`, advantages (S,), mask (N,) or None,
+        old_logp and ref_logp (N,) or None. old_logp is None when every use of the window falls in the
+        optimizer step that sampled it: the policy is then its own old policy.
+        """
+        size = self.args.per_device_eval_batch_size if evaluate else self._train_batch_size
+        old = not (evaluate or self.args.on_policy)
+        out = []
+        for start in range(0, len(advantages), size):
+            part = slice(start, start + size)
+            packed = pack(
+                rollouts.prompt_ids[part],
+                rollouts.completion_ids[part],
+                pad_id=self.processing_class.pad_token_id,
+                row_length=self.row_length,
+                device=self.args.device,
+            )
+            mask = None
+            if self.args.mask_truncated_completions and any(rollouts.truncated[part]):
+                kept = ~torch.tensor(rollouts.truncated[part], device=self.args.device)
+                mask = kept.repeat_interleave(packed.cu_seqlens.diff())
+            out.append(
+                {
+                    **{name: getattr(packed, name) for name in _PACKED},
+                    "advantages": advantages[part].to(self.args.device, torch.float32),
+                    "mask": mask,
+                    "old_logp": self._logprobs(self.model, packed) if old else None,
+                    "ref_logp": None
+                    if self.reference is None
+                    else self.reference.logprobs(lambda m, packed=packed: self._logprobs(m, packed)),
+                }
+            )
+        return out
+
+    def loss(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Stage 5: one packed forward through the wrapped model -> (loss, metrics of the loss)."""
+        packed = PackedBatch(**{name: micro[name] for name in _PACKED})
+
+        def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            return linear_policy_loss(
+                packed.select(hidden),
+                head.weight,
+                packed.ids,
+                micro["advantages"],
+                config=self.loss_config,
+                mask=micro["mask"],
+                cu_seqlens=packed.cu_seqlens,
+                old_logp=micro["old_logp"],
+                ref_logp=micro["ref_logp"],
+                denominator=micro.get("denominator"),
+                workspace_bytes=self.args.workspace_bytes,
+                **head.options,
+            )
+
+        return model(**packed.inputs(), head_fn=head_fn)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Stage 6: add the metrics since the last log; evaluation brings its own."""
+        closing = "train_runtime" in logs and self.metrics.host
+        if "loss" in logs or closing:
+            logs.update(self._named(self.metrics.reduce(self.accelerator)))
+            self.metrics.reset()
+            if self.args.log_completions:
+                folder = Path(self.args.output_dir) / "completions"
+                limit = self.args.num_completions_to_print
+                self.completions.flush(self.accelerator, folder, self.state.global_step, limit)
+        super().log(logs, start_time)
+
+    def rollout(
+        self, examples: list[Example], num_generations: int, metrics: Metrics, evaluate: bool = False
+    ) -> list[MicroBatch]:
+        """Stages 1 to 4 for this rank's share of a window; examples repeat each prompt G times."""
+        # a rank's share may begin or end inside a group: every run of equal prompts is a multiple of this
+        repeat = math.gcd(num_generations, len(examples))
+        self._extras, self._metrics_in_use = {}, metrics
+        rollouts = self.generate(examples[::repeat], repeat)
+        rewards = self.score(examples, rollouts)
+        columns = (
+            [len(ids) for ids in rollouts.completion_ids],
+            rollouts.truncated,
+            [len(ids) for ids in rollouts.prompt_ids],
+        )
+        facts = torch.stack([torch.tensor(c, dtype=torch.float64) for c in columns], dim=1)
+        everyone = torch.cat([rewards.double(), facts], dim=1)
+        first = 0
+        if not evaluate and self.accelerator.num_processes > 1:
+            first = self.accelerator.process_index * len(examples)
+            everyone = self.accelerator.gather(everyone.to(self.args.device)).cpu()
+        kinds = rewards.shape[1]
+        rewards, lengths, cut, prompts = everyone.float()[:, :kinds], *everyone[:, kinds:].T
+        advantages, total = self.advantages(rewards, num_generations)
+        add_rollouts(metrics, self.rewards.names, rewards, total, lengths, cut.bool())
+        local = slice(first, first + len(examples))
+        if not evaluate:
+            self._tokens_seen += int(lengths.sum() + prompts.sum())
+            metrics.add("num_tokens", self._tokens_seen, "max")
+            self._record(examples, rollouts, rewards[local], advantages[local])
+        return self.batch(rollouts, advantages[local], evaluate)
+
+    def _texts(self, rollouts: Rollouts) -> list[str]:
+        return self.processing_class.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def _logprobs(self, model: nn.Module, packed: PackedBatch) -> Tensor:
+        with evaluating(model), self.accelerator.autocast():
+            return completion_logprobs(
+                model, packed, self.args.temperature, workspace_bytes=self.args.workspace_bytes
+            )
+
+    def _record(self, examples: list, rollouts: Rollouts, rewards: Tensor, advantages: Tensor) -> None:
+        if not self.args.log_completions:
+            return
+        names = self.rewards.names
+        for i, text in enumerate(self._texts(rollouts)):
+            row = {"step": self.state.global_step + 1, "prompt": _as_text(examples[i]["prompt"])}
+            row["completion"] = text
+            row.update({name: rewards[i, k].item() for k, name in enumerate(names)})
+            row["advantage"] = advantages[i].item()
+            row.update({column: values[i] for column, values in self._extras.items()})
+            self.completions.rows.append(row)
+
+    def _named(self, values: dict[str, float]) -> dict[str, float]:
+        named = {name: v for name, v in values.items() if not name.startswith("tokens/")}
+        kind, ratios = self.loss_config.loss_type, not self.args.on_policy
+        return {**named, **loss_metrics(values, kind, self.reference is not None, ratios)}
+
+
+def _completion(prompt: Any, text: str) -> Any:
+    """A completion as rewards see it: text, or one assistant message (a prefilled answer included)."""
+    if not is_conversational(prompt):
+        return text
+    begun = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
+    return [{"role": "assistant", "content": begun + text}]
+
+
+def _as_text(prompt: Any) -> str:
+    if not is_conversational(prompt):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -1,0 +1,254 @@
+"""GRPOConfig: `TrainingArguments` plus what GRPO needs, under TRL's names and defaults."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from .config import LossConfig
+
+_SCALES = {True: "group", False: "none", "True": "group", "False": "none"}
+
+
+def _option(default: object, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class GRPOConfig(TrainingArguments):
+    """Arguments of `GRPOTrainer`.
+
+    The loss fields take their defaults from `LossConfig`, which also validates them. Batches, with
+    `B = per_device_train_batch_size`, `P` ranks, `S = steps_per_generation`:
+
+        generation_batch_size = B * P * S      completions sampled at once, num_generations per prompt
+        window                = S micro-batches of B completions on each rank, used num_iterations times
+
+    Defaults of `TrainingArguments` that differ here: learning_rate 1e-6, logging_steps 10,
+    remove_unused_columns False (reward functions get every column), logging_nan_inf_filter False (it hides
+    a NaN loss and costs a host sync for each micro-batch), bf16 True where CUDA supports it and neither
+    `bf16` nor `fp16` was given (False on CPU and MPS). Model strings load in float32 unless
+    `model_init_kwargs` says otherwise.
+
+    Raises:
+        ValueError: for any value out of range, before anything is loaded.
+    """
+
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    learning_rate: float = _option(1e-6, "Peak learning rate.")
+    logging_steps: float = _option(10, "Log every so many optimizer steps.")
+    remove_unused_columns: bool | None = _option(
+        False, "Must stay False: reward functions read the dataset's columns."
+    )
+    logging_nan_inf_filter: bool = _option(False, "Leave NaN losses out of the logged loss.")
+    bf16: bool | None = _option(None, "bf16 autocast; default: True where CUDA supports it.")
+
+    # policy and data
+    model_init_kwargs: dict | str | None = _option(
+        None, "Keyword arguments of from_pretrained when the model is a string (dict or JSON)."
+    )
+    disable_dropout: bool = _option(False, "Set every dropout of the policy to 0.")
+    shuffle_dataset: bool = _option(True, "Shuffle the prompts in each epoch.")
+    chat_template_kwargs: dict | str | None = _option(
+        None, "Further arguments of the chat template for conversational prompts (dict or JSON)."
+    )
+
+    # sampling
+    num_generations: int = _option(8, "Completions per prompt: the group. At least 2.")
+    num_generations_eval: int | None = _option(
+        None, "Completions per prompt in evaluation; default: num_generations."
+    )
+    max_completion_length: int = _option(512, "Tokens sampled at most.")
+    generation_batch_size: int | None = _option(
+        None, "Completions sampled at once over all ranks; excludes steps_per_generation."
+    )
+    steps_per_generation: int | None = _option(
+        None, "Micro-batches sampled at once; default: gradient_accumulation_steps."
+    )
+    temperature: float = _option(LossConfig.temperature, "Sampling temperature; the loss uses it too.")
+    top_p: float = _option(1.0, "Nucleus sampling; 1.0 switches it off.")
+    top_k: int = _option(0, "Sample among the k likeliest tokens; 0 switches it off.")
+    min_p: float | None = _option(None, "Smallest share of the top token's probability.")
+    repetition_penalty: float = _option(1.0, "Penalty of repeated tokens; 1.0 switches it off.")
+    generation_kwargs: dict | str | None = _option(
+        None, "Further fields of GenerationConfig (dict or JSON)."
+    )
+
+    # loss
+    loss_type: str = _option(LossConfig.loss_type, "grpo, bnpo, dr_grpo, dapo or cispo.")
+    importance_sampling_level: str = _option(
+        LossConfig.importance_sampling_level, "token, or sequence (GSPO)."
+    )
+    epsilon: float = _option(LossConfig.epsilon, "Lower clip.")
+    epsilon_high: float | None = _option(LossConfig.epsilon_high, "Upper clip; default: epsilon.")
+    delta: float | None = _option(LossConfig.delta, "Cap of the ratio (two-sided clipping).")
+    beta: float = _option(LossConfig.beta, "KL coefficient; 0 loads no reference policy.")
+    kl_estimator: str = _option(LossConfig.kl_estimator, "k1, k2 or k3.")
+    use_bias_correction_kl: bool = _option(
+        LossConfig.use_bias_correction_kl, "Multiply the KL by the importance ratio."
+    )
+    num_iterations: int = _option(1, "How often each window of completions is used.")
+    mask_truncated_completions: bool = _option(
+        False, "Leave completions that hit max_completion_length out of the loss."
+    )
+    workspace_bytes: int | None = _option(
+        None, "Budget of the logit chunks in bytes; default: the loss's own."
+    )
+
+    # rewards
+    reward_weights: list[float] | None = _option(None, "One weight per reward; default: 1.0 each.")
+    scale_rewards: str = _option(
+        "group", "Divide advantages by the std of the 'group' (True), of the 'batch', or 'none' (False)."
+    )
+
+    # reference policy
+    sync_ref_model: bool = _option(False, "Move the reference towards the policy (TR-DPO).")
+    ref_model_mixup_alpha: float = _option(0.6, "Share of the policy in that move.")
+    ref_model_sync_steps: int = _option(512, "Optimizer steps between two moves.")
+
+    # reports
+    log_completions: bool = _option(False, "Print a table of completions and write them as parquet.")
+    num_completions_to_print: int | None = _option(
+        None, "Rows of that table; default: all. The parquet files hold all."
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            cuda = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+        for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name} must be a dict or a JSON object, got {value!r}.")
+        self.loss_config()
+        self._check_integers()
+        self.num_generations_eval = self.num_generations_eval or self.num_generations
+        self._check_sampling()
+        self._check_rewards()
+        self._check_batches()
+        self._check_trainer()
+
+    def loss_config(self) -> LossConfig:
+        """The loss these arguments describe; `LossConfig` owns its defaults and its checks."""
+        return LossConfig(
+            loss_type=self.loss_type,
+            importance_sampling_level=self.importance_sampling_level,
+            epsilon=self.epsilon,
+            epsilon_high=self.epsilon_high,
+            delta=self.delta,
+            beta=self.beta,
+            kl_estimator=self.kl_estimator,
+            use_bias_correction_kl=self.use_bias_correction_kl,
+            temperature=self.temperature,
+            max_completion_length=self.max_completion_length,
+        )
+
+    @property
+    def window_uses(self) -> int:
+        """Micro-steps that one generation serves."""
+        return self.steps_per_generation * self.num_iterations
+
+    @property
+    def on_policy(self) -> bool:
+        """True when every use of a window falls in the optimizer step that sampled it."""
+        return self.gradient_accumulation_steps % self.window_uses == 0
+
+    def _check_integers(self) -> None:
+        lowest = {
+            "num_generations": 2,
+            "num_generations_eval": 1,
+            "num_iterations": 1,
+            "generation_batch_size": 1,
+            "steps_per_generation": 1,
+            "ref_model_sync_steps": 1,
+            "num_completions_to_print": 1,
+            "workspace_bytes": 1,
+            "top_k": 0,
+        }
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if value is None and type(self).__dataclass_fields__[name].default is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                reason = " (a group needs a baseline)" if name == "num_generations" else ""
+                raise ValueError(f"{name} must be an integer >= {low}{reason}, got {value!r}.")
+
+    def _check_sampling(self) -> None:
+        # (name, largest value, whether 0 is allowed)
+        for name, high, zero in (
+            ("top_p", 1.0, False),
+            ("min_p", 1.0, True),
+            ("repetition_penalty", math.inf, False),
+            ("ref_model_mixup_alpha", 1.0, False),
+        ):
+            value = getattr(self, name)
+            if name == "min_p" and value is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value <= high or value == math.inf or (value == 0 and not zero):
+                bounds = f"{'[' if zero else '('}0, {high:g}{']' if high < math.inf else ')'}"
+                raise ValueError(f"{name} must be a number in {bounds}, got {value!r}.")
+        owned = {"max_new_tokens", "do_sample", "num_return_sequences", "temperature"}
+        clash = sorted(owned & set(self.generation_kwargs or {}))
+        if clash:
+            raise ValueError(
+                f"generation_kwargs: {', '.join(clash)} belong to max_completion_length, num_generations"
+                " and temperature of GRPOConfig (the loss divides logits by the same temperature)."
+            )
+
+    def _check_rewards(self) -> None:
+        self.scale_rewards = _SCALES.get(self.scale_rewards, self.scale_rewards)
+        if self.scale_rewards not in ("group", "batch", "none"):
+            raise ValueError(
+                f"scale_rewards must be 'group', 'batch' or 'none', got {self.scale_rewards!r}."
+            )
+        if self.sync_ref_model and self.beta == 0:
+            raise ValueError("sync_ref_model: beta is 0, so there is no reference; set beta above 0.")
+
+    def _check_batches(self) -> None:
+        step = self.per_device_train_batch_size * self.world_size
+        batch, steps = self.generation_batch_size, self.steps_per_generation
+        if batch is not None and batch % step:
+            raise ValueError(
+                "generation_batch_size must be a multiple of per_device_train_batch_size x ranks = "
+                f"{step}, got {batch}."
+            )
+        # an agreeing pair is a copy of finished arguments (dataclasses.replace)
+        if batch is not None and steps is not None and batch != step * steps:
+            raise ValueError(
+                "generation_batch_size and steps_per_generation exclude each other, got "
+                f"{batch} and {steps}."
+            )
+        if steps is None:
+            steps = self.gradient_accumulation_steps if batch is None else batch // step
+        self.steps_per_generation, self.generation_batch_size = steps, step * steps
+        if self.generation_batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations = {self.num_generations} must divide the generation batch of "
+                f"{self.generation_batch_size} completions (per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} x ranks {self.world_size} x steps_per_generation "
+                f"{self.steps_per_generation})."
+            )
+
+    def _check_trainer(self) -> None:
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns must be False: it would drop the prompt and reward columns."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size must be False: it would change the groups.")
+        flce = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy")
+        if self.use_liger_kernel and flce:
+            raise ValueError(
+                "liger_kernel_config: fused_linear_cross_entropy must be False, it would replace the head."
+            )

@@ -1,0 +1,98 @@
+"""A tiny random Llama with a word tokenizer, and a GRPOTrainer around it, for the trainer's
+tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from grpo_fast import GRPOConfig, GRPOTrainer
+from grpo_fast.reporting import Curves
+
+WORDS = [f"w{i}" for i in range(29)]
+VOCAB = ["<pad>", "<eos>", "<unk>", *WORDS]
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w0 ' if m['role'] == 'user' else 'w1 ' }}{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}w1 {% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each of the words w0 ... w28, split at spaces."""
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCAB)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def model(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    """Two layers of width 32; logits spread enough that completions end at uneven lengths."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(VOCAB),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        initializer_range=0.2,
+        **overrides,
+    )
+    return LlamaForCausalLM(config)
+
+
+def dataset(rows: int = 8) -> list[dict[str, Any]]:
+    """Prompts of two to five words, with a column for the rewards."""
+    return [
+        {"prompt": " ".join(WORDS[(i + j) % 29] for j in range(2 + i % 4)), "target": f"w{i % 5}"}
+        for i in range(rows)
+    ]
+
+
+def count_w3(completions: list[str], **_: Any) -> list[float]:
+    """Share of w3 among the words of a completion."""
+    return [c.split().count("w3") / max(len(c.split()), 1) for c in completions]
+
+
+def config(output_dir: Any, **overrides: Any) -> GRPOConfig:
+    """Small batches, no progress bar, nothing saved unless asked."""
+    settings = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return GRPOConfig(output_dir=str(output_dir), **{**settings, **overrides})
+
+
+def trainer(output_dir: Any, policy: Any = None, reward: Any = count_w3, **overrides: Any) -> Any:
+    """A GRPOTrainer; keywords that GRPOTrainer takes go there, all others to GRPOConfig."""
+    own = ("train_dataset", "eval_dataset", "peft_config", "callbacks", "processing_class")
+    given = {name: overrides.pop(name) for name in own if name in overrides}
+    cls, curves = overrides.pop("cls", GRPOTrainer), overrides.pop("curves", False)
+    run = cls(
+        model=model() if policy is None else policy,
+        reward_funcs=reward,
+        args=config(output_dir, **overrides),
+        **{"train_dataset": dataset(), "processing_class": tokenizer(), **given},
+    )
+    if not curves:
+        # drawing takes longer than everything else in these runs
+        run.remove_callback(Curves)
+    return run
