@@ -39,7 +39,7 @@ def reward(completions, log_metric, **_):
     log_metric("seen", len(completions))
     return [float(len(c.split()) % 4) if c else None for c in completions]
 
-folder, size, loss_type, sampled, resume = sys.argv[1:]
+folder, size, sampled, resume = sys.argv[1:]
 run = trainer(
     folder,
     reward=reward,
@@ -49,7 +49,8 @@ run = trainer(
     steps_per_generation=2,
     num_generations=4,
     num_iterations=2,
-    loss_type=loss_type,
+    optim="sgd",
+    learning_rate=0.3,
     beta=0.1,
     mask_truncated_completions=True,
     train_dataset=dataset(6),
@@ -57,7 +58,7 @@ run = trainer(
     eval_strategy="steps",
     eval_steps=4,
     save_strategy="steps",
-    save_steps=2,
+    save_steps=1,
     max_steps=4,
     logging_steps=4,
     log_completions=True,
@@ -67,13 +68,13 @@ run.save_model(folder + "/final")
 """
 
 
-def start(folder, processes, size, loss_type="dapo", sampled="canned", resume="-"):
+def start(folder, processes, size, sampled="canned", resume="-"):
     program = folder.parent / "program.py"
     program.write_text(PROGRAM)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = [str(program), str(folder), str(size), loss_type, sampled, str(resume)]
+    arguments = [str(program), str(folder), str(size), sampled, str(resume)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
@@ -90,12 +91,12 @@ def lines(folder):
     return {key: value for row in rows[:2] for key, value in row.items()}
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_two_ranks_train_what_one_does(loss_type, tmp_path):
-    one = start(tmp_path / "one", 1, 6, loss_type)
-    two = start(tmp_path / "two", 2, 3, loss_type)
+def test_two_ranks_train_what_one_does(tmp_path):
+    """A group of four lies on both ranks, and the ranks hold unequal numbers of tokens."""
+    one = start(tmp_path / "one", 1, 6)
+    two = start(tmp_path / "two", 2, 3)
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
     first, second = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert first.keys() == second.keys() and first["seen"] == 12 and second["seen"] == 6
     varying = ("seen", "step_time", "time", "runtime", "per_second", "active_rows")
@@ -109,7 +110,7 @@ def test_two_ranks_train_what_one_does(loss_type, tmp_path):
 
 def test_ranks_sample_apart_and_resume_together(tmp_path):
     whole = start(tmp_path / "whole", 2, 3, sampled="sampled")
-    folder = tmp_path / "whole" / "checkpoint-2"
+    folder = tmp_path / "whole" / "checkpoint-1"
     assert checkpoint.problem(folder) is None
     windows = [load_file(folder / checkpoint.rank_file(r, "safetensors")) for r in (0, 1)]
     assert not torch.equal(windows[0]["0.ids"][:6], windows[1]["0.ids"][:6])
