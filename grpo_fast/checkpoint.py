@@ -126,7 +126,9 @@ def problem(folder: Path) -> str | None:
     if not folder.is_dir():
         return "there is no such folder"
     if not (folder / MARKER).is_file():
-        return f"it is incomplete (no {MARKER}): the save was interrupted or another program wrote it"
+        return (
+            f"it is incomplete (no {MARKER}): the save was interrupted or another program wrote it"
+        )
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         sizes = dict(marker["files"])

@@ -337,7 +337,9 @@ class Curves(TrainerCallback):
                 name = prefix + key
                 points = [(r["step"], r[name]) for r in state.log_history if name in r]
                 if points:
-                    axes.plot(*zip(*points, strict=True), style, label="eval" if prefix else "train")
+                    axes.plot(
+                        *zip(*points, strict=True), style, label="eval" if prefix else "train"
+                    )
             axes.set(title=title, xlabel="optimizer step")
             axes.grid(alpha=0.3)
             if len(axes.lines) > 1:

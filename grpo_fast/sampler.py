@@ -64,7 +64,9 @@ class WindowSampler(Sampler[int]):
             random.Random(f"{self.seed}:{self.epoch}").shuffle(order)
         for window in range(self.windows):
             start = window * self.window_prompts
-            prompts = [order[i % self.num_prompts] for i in range(start, start + self.window_prompts)]
+            prompts = [
+                order[i % self.num_prompts] for i in range(start, start + self.window_prompts)
+            ]
             for _ in range(self.uses):
                 for prompt in prompts:
                     yield from [prompt] * self.num_generations
@@ -154,7 +156,9 @@ def check_prompts(
     Raises:
         ValueError: with the row number: neither string nor messages, empty, mixed kinds, too long.
     """
-    prompts = dataset["prompt"] if hasattr(dataset, "column_names") else [r["prompt"] for r in dataset]
+    prompts = (
+        dataset["prompt"] if hasattr(dataset, "column_names") else [r["prompt"] for r in dataset]
+    )
     first, overhead, digest = None, 0, hashlib.sha256()
     for row, prompt in enumerate(prompts):
         problem = _prompt_problem(prompt)

@@ -103,7 +103,9 @@ class GRPOTrainer(RolloutTrainer):
 
     def _prepare_policy(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("args: sampling from sharded parameters (FSDP, DeepSpeed) is not supported.")
+            raise ValueError(
+                "args: sampling from sharded parameters (FSDP, DeepSpeed) is not supported."
+            )
         attach(self.model)
         check_packing(self.model, self.processing_class.pad_token_id)
         self.row_length = default_row_length(self.model)
@@ -159,7 +161,9 @@ class GRPOTrainer(RolloutTrainer):
         total = weighted(rewards, self.rewards.weights).view(-1, num_generations)
         return group_advantages(total, self.args.scale_rewards).flatten(), total
 
-    def batch(self, rollouts: Rollouts, advantages: Tensor, evaluate: bool = False) -> list[MicroBatch]:
+    def batch(
+        self, rollouts: Rollouts, advantages: Tensor, evaluate: bool = False
+    ) -> list[MicroBatch]:
         """Stage 4: packed micro-batches of this rank's rollouts, advantages (B,) beside them.
 
         A micro-batch holds tensors or None: those of `PackedBatch`, advantages (S,), mask (N,) or None,
@@ -190,7 +194,9 @@ class GRPOTrainer(RolloutTrainer):
                     "old_logp": self._logprobs(self.model, packed) if old else None,
                     "ref_logp": None
                     if self.reference is None
-                    else self.reference.logprobs(lambda m, packed=packed: self._logprobs(m, packed)),
+                    else self.reference.logprobs(
+                        lambda m, packed=packed: self._logprobs(m, packed)
+                    ),
                 }
             )
         return out
@@ -230,7 +236,11 @@ class GRPOTrainer(RolloutTrainer):
         super().log(logs, start_time)
 
     def rollout(
-        self, examples: list[Example], num_generations: int, metrics: Metrics, evaluate: bool = False
+        self,
+        examples: list[Example],
+        num_generations: int,
+        metrics: Metrics,
+        evaluate: bool = False,
     ) -> list[MicroBatch]:
         """Stages 1 to 4 for this rank's share of a window; examples repeat each prompt G times."""
         # a rank's share may begin or end inside a group: every run of equal prompts is a multiple of this
@@ -270,7 +280,9 @@ class GRPOTrainer(RolloutTrainer):
                 model, packed, self.args.temperature, workspace_bytes=self.args.workspace_bytes
             )
 
-    def _record(self, examples: list, rollouts: Rollouts, rewards: Tensor, advantages: Tensor) -> None:
+    def _record(
+        self, examples: list, rollouts: Rollouts, rewards: Tensor, advantages: Tensor
+    ) -> None:
         if not self.args.log_completions:
             return
         names = self.rewards.names
@@ -282,10 +294,11 @@ class GRPOTrainer(RolloutTrainer):
             row.update({column: values[i] for column, values in self._extras.items()})
             self.completions.rows.append(row)
 
-    def _named(self, values: dict[str, float]) -> dict[str, float]:
+    def _named(self, values: dict[str, float], evaluate: bool = False) -> dict[str, float]:
         named = {name: v for name, v in values.items() if not name.startswith("tokens/")}
-        kind, ratios = self.loss_config.loss_type, not self.args.on_policy
-        return {**named, **loss_metrics(values, kind, self.reference is not None, ratios)}
+        ratios = not (evaluate or self.args.on_policy)
+        kl = self.reference is not None
+        return {**named, **loss_metrics(values, self.loss_config.loss_type, kl, ratios)}
 
 
 def _completion(prompt: Any, text: str) -> Any:

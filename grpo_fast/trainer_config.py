@@ -74,7 +74,9 @@ class GRPOConfig(TrainingArguments):
     steps_per_generation: int | None = _option(
         None, "Micro-batches sampled at once; default: gradient_accumulation_steps."
     )
-    temperature: float = _option(LossConfig.temperature, "Sampling temperature; the loss uses it too.")
+    temperature: float = _option(
+        LossConfig.temperature, "Sampling temperature; the loss uses it too."
+    )
     top_p: float = _option(1.0, "Nucleus sampling; 1.0 switches it off.")
     top_k: int = _option(0, "Sample among the k likeliest tokens; 0 switches it off.")
     min_p: float | None = _option(None, "Smallest share of the top token's probability.")
@@ -107,7 +109,8 @@ class GRPOConfig(TrainingArguments):
     # rewards
     reward_weights: list[float] | None = _option(None, "One weight per reward; default: 1.0 each.")
     scale_rewards: str = _option(
-        "group", "Divide advantages by the std of the 'group' (True), of the 'batch', or 'none' (False)."
+        "group",
+        "Divide advantages by the std of the 'group' (True), of the 'batch', or 'none' (False).",
     )
 
     # reference policy
@@ -116,7 +119,9 @@ class GRPOConfig(TrainingArguments):
     ref_model_sync_steps: int = _option(512, "Optimizer steps between two moves.")
 
     # reports
-    log_completions: bool = _option(False, "Print a table of completions and write them as parquet.")
+    log_completions: bool = _option(
+        False, "Print a table of completions and write them as parquet."
+    )
     num_completions_to_print: int | None = _option(
         None, "Rows of that table; default: all. The parquet files hold all."
     )
@@ -195,7 +200,12 @@ class GRPOConfig(TrainingArguments):
             if name == "min_p" and value is None:
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not 0 <= value <= high or value == math.inf or (value == 0 and not zero):
+            if (
+                not number
+                or not 0 <= value <= high
+                or value == math.inf
+                or (value == 0 and not zero)
+            ):
                 bounds = f"{'[' if zero else '('}0, {high:g}{']' if high < math.inf else ')'}"
                 raise ValueError(f"{name} must be a number in {bounds}, got {value!r}.")
         owned = {"max_new_tokens", "do_sample", "num_return_sequences", "temperature"}
@@ -213,7 +223,9 @@ class GRPOConfig(TrainingArguments):
                 f"scale_rewards must be 'group', 'batch' or 'none', got {self.scale_rewards!r}."
             )
         if self.sync_ref_model and self.beta == 0:
-            raise ValueError("sync_ref_model: beta is 0, so there is no reference; set beta above 0.")
+            raise ValueError(
+                "sync_ref_model: beta is 0, so there is no reference; set beta above 0."
+            )
 
     def _check_batches(self) -> None:
         step = self.per_device_train_batch_size * self.world_size

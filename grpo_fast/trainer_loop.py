@@ -147,7 +147,9 @@ class RolloutTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Different prompts for each rank; `num_generations_eval` completions of each fill a batch."""
         if eval_dataset is None or isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+            eval_dataset = (
+                self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+            )
         check_dataset("eval_dataset", eval_dataset)
         ranks = self.accelerator.process_index, self.accelerator.num_processes
         size = max(1, self.args.per_device_eval_batch_size // self.args.num_generations_eval)
@@ -177,7 +179,7 @@ class RolloutTrainer(Trainer):
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )
-        values = self._named(metrics.reduce(self.accelerator))
+        values = self._named(metrics.reduce(self.accelerator), evaluate=True)
         named = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(None, None, named, len(dataloader.dataset))
 

@@ -33,7 +33,9 @@ def check_arguments(
             "each with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
         )
     if args.fsdp or args.deepspeed:
-        raise ValueError("args: sampling from sharded parameters (fsdp, deepspeed) is not supported.")
+        raise ValueError(
+            "args: sampling from sharded parameters (fsdp, deepspeed) is not supported."
+        )
     adapter = peft_config is not None or hasattr(model, "peft_config")
     if args.sync_ref_model and adapter:
         raise ValueError(
@@ -76,14 +78,18 @@ def tokenizer_of(
     if processing_class is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         if not name:
-            raise ValueError("processing_class: expected a tokenizer for a model without a checkpoint.")
+            raise ValueError(
+                "processing_class: expected a tokenizer for a model without a checkpoint."
+            )
         return load_processing(name, gguf_file=(args.model_init_kwargs or {}).get("gguf_file"))
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         kind = type(processing_class).__name__
         raise ValueError(f"processing_class must be a tokenizer, got {kind}.")
     if processing_class.pad_token_id is None:
         if processing_class.eos_token_id is None:
-            raise ValueError("processing_class: has neither a padding nor an end-of-sequence token.")
+            raise ValueError(
+                "processing_class: has neither a padding nor an end-of-sequence token."
+            )
         processing_class.pad_token = processing_class.eos_token
     return processing_class
 

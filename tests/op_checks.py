@@ -12,9 +12,14 @@ from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, logprob, r
 from grpo_fast.chunks import FIXED_BYTES
 
 
+def generator(seed: int) -> torch.Generator:
+    """On the default device, which `test_gpu.py` sets."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def peaked_logits(n: int, V: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows from flat to near-certain, float64: half of them give the target over 7 nats of lead."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     logits = 2 * torch.randn(n, V, generator=g, dtype=torch.float64)
     ids = torch.randint(V, (n,), generator=g)
     lead = torch.linspace(0, 16, n, dtype=torch.float64)[torch.randperm(n, generator=g)]
@@ -28,7 +33,7 @@ def check_logprob(n: int, V: int, dtype: torch.dtype = torch.float32) -> None:
     logits = logits.to(dtype)
     exact = logits.double().requires_grad_()
     want = reference.logprob(exact, ids, 0.7)
-    g = torch.Generator().manual_seed(1)
+    g = generator(1)
     upstream = [torch.randn(n, generator=g, dtype=torch.float64) for _ in want]
     upstream[0][::3] = 0.0
     sum((u * w).sum() for u, w in zip(upstream, want, strict=True)).backward()
@@ -102,7 +107,7 @@ def check_nan_is_seen() -> None:
 def check_row_statistics_do_not_depend_on_batch() -> None:
     """A token alone, in a batch, padded, permuted and re-chunked: the same bits, so ratio is
     exactly 1."""
-    g = torch.Generator().manual_seed(3)
+    g = generator(3)
     hidden, weight = torch.randn(200, 64, generator=g), torch.randn(1000, 64, generator=g)
     ids = torch.randint(1000, (200,), generator=g)
     whole = linear_logprob(hidden, weight, ids, entropy=True)
@@ -220,7 +225,7 @@ def check_small_gradients_survive_fp16() -> None:
 
 def check_transforms() -> None:
     """Softcap, logit scale, bias and entropy together against float64, with their gradients."""
-    g = torch.Generator().manual_seed(9)
+    g = generator(9)
     hidden = torch.randn(40, 32, generator=g)
     weight, bias = torch.randn(300, 32, generator=g), torch.randn(300, generator=g)
     ids = torch.randint(300, (40,), generator=g)
@@ -255,7 +260,7 @@ def check_int64_rows() -> None:
     # fp16 and untouched pages: 4 GiB of address space, a few KiB of memory
     storage = torch.empty(stride + V, dtype=torch.float16)
     logits = storage.as_strided((2, 1, V), (stride, V, 1))
-    logits.copy_(torch.randn(2, 1, V, generator=torch.Generator().manual_seed(2)))
+    logits.copy_(torch.randn(2, 1, V, generator=generator(2)))
     ids = torch.tensor([[3], [60]])
     want = reference.logprob(logits.double(), ids)[0]
     assert relative(logprob(logits, ids).logp, want) < 1e-6

@@ -159,8 +159,14 @@ def test_an_overwritten_forward_is_attached_again_and_given_back():
     assert not is_attached(model)
     attach(model)
     torch.testing.assert_close(model(input_ids=TOKENS, head_fn=score), truth(model))
+    clone = copy.deepcopy(model)
     detach(model)
     assert model.forward.__func__ is other
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    detach(clone)
+    torch.testing.assert_close(truth(clone), truth(tiny()))
+    assert clone.forward.__func__ is other
 
 
 def test_survives_the_real_liger_patch():
@@ -275,6 +281,8 @@ def test_mixed_precision_wrapper_of_accelerate():
 def test_a_deep_copy_uses_its_own_weights():
     model = tiny()
     attach(model)
+    model.forward = types.MethodType(lambda self, **kw: type(self).forward(self, **kw), model)
+    attach(model)
     clone = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -316,7 +324,7 @@ def test_reference_of_a_full_model_is_frozen_until_synced():
 
 
 def test_reference_of_a_peft_model_is_its_base():
-    model = lora(tiny(), lora_dropout=0.5).train()
+    model = lora(tiny(attention_dropout=0.5), lora_dropout=0.5).train()
     attach(model)
     reference = ReferencePolicy(Wrapper(model), peft=True)
     flags = {name: module.training for name, module in model.named_modules()}

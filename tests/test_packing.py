@@ -136,6 +136,14 @@ def test_a_mask_or_missing_positions_contaminate(attention):
         assert (packed_hidden(model, batch, **wrong) - expected).abs().max() > 0.1
 
 
+def test_the_cache_is_off_whatever_the_config_says():
+    model = tiny_attached("Llama")
+    batch = pack(PROMPTS, COMPLETIONS, pad_id=PAD, row_length=None, device="cpu")
+    expected = packed_hidden(model, batch)
+    assert model.config.use_cache and batch.inputs()["use_cache"] is False
+    assert torch.equal(packed_hidden(model, batch, use_cache=None), expected)
+
+
 class Wrong(nn.Module):
     """A wrapper that loses, or adds, what packing depends on."""
 

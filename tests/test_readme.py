@@ -30,9 +30,9 @@ def variants_table() -> str:
     for name, preset in PRESETS.items():
         scope = "accumulation window, all ranks" if preset.window else "micro-batch"
         unit = UNITS[preset.weights]
+        scheme = preset.weights.replace("_", " ")
         lines.append(
-            f"| `{name}` | {preset.objective} | {preset.weights.replace('_', ' ')} | {unit} of the {scope} "
-            f"| {preset.source} |"
+            f"| `{name}` | {preset.objective} | {scheme} | {unit} of the {scope} | {preset.source} |"
         )
     return "\n".join(lines)
 

@@ -75,7 +75,12 @@ def tokens(count, **means):
     names = ("kl", "entropy", "clip_low", "clip_high", "clip_ratio", "ratio_mean")
     extra = {"ratio_min": zero + 1, "ratio_max": zero + 1, "tokens": torch.tensor(count)}
     counts = dict.fromkeys(("active_rows", "nonfinite_tokens", "clamped_ratios"), zero)
-    return {**dict.fromkeys(names, zero), **extra, **counts, **{k: zero + v for k, v in means.items()}}
+    return {
+        **dict.fromkeys(names, zero),
+        **extra,
+        **counts,
+        **{k: zero + v for k, v in means.items()},
+    }
 
 
 def test_means_are_over_tokens_and_extrema_over_micro_batches_and_ranks(gathered_objects):
@@ -221,7 +226,9 @@ def test_metrics_of_two_windows_are_what_their_micro_batches_were(tmp_path):
     total = sum(m["tokens"] for m in seen)
     entropy = sum(m["entropy"] * m["tokens"] for m in seen) / total
     assert run.state.log_history[0]["entropy"] == pytest.approx(entropy, rel=1e-6)
-    assert run.state.log_history[0]["loss"] == pytest.approx(sum(m["loss"] for m in seen) / 3, abs=1e-6)
+    assert run.state.log_history[0]["loss"] == pytest.approx(
+        sum(m["loss"] for m in seen) / 3, abs=1e-6
+    )
 
 
 def test_a_fresh_run_keeps_the_metrics_of_the_one_before(tmp_path):

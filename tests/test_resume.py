@@ -109,7 +109,10 @@ def test_true_takes_the_newest_complete_checkpoint_and_names_the_others(finished
         (lambda f: (f / checkpoint.MARKER).unlink(), "it is incomplete"),
         (lambda f: (f / checkpoint.MARKER).write_text("{"), "is damaged"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (lambda f: (f / "grpo_fast_rank0.json").write_text("{}"), "grpo_fast_rank0.json has 2 bytes"),
+        (
+            lambda f: (f / "grpo_fast_rank0.json").write_text("{}"),
+            "grpo_fast_rank0.json has 2 bytes",
+        ),
         (lambda f: shutil.rmtree(f), "there is no such folder"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_trainer import model
 
 from grpo_fast import checkpoint
 
@@ -78,7 +79,12 @@ def start(folder, processes, size, sampled="canned", resume="-"):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     done = subprocess.run(
         [*launch, *arguments], env=environment, capture_output=True, text=True, timeout=240
     )
@@ -95,6 +101,8 @@ def test_two_ranks_train_what_one_does(tmp_path):
     """A group of four lies on both ranks, and the ranks hold unequal numbers of tokens."""
     one = start(tmp_path / "one", 1, 6)
     two = start(tmp_path / "two", 2, 3)
+    moved = [(one[n] - p).abs().max() for n, p in model().state_dict().items() if n in one]
+    assert max(moved) > 1e-2
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
     first, second = lines(tmp_path / "one"), lines(tmp_path / "two")
