@@ -1,10 +1,9 @@
-"""Forward and backward of the on-policy dapo loss from hidden states: ours against plain torch, fp32.
+"""The on-policy dapo loss from hidden states, forward and backward: ours against plain torch, fp32.
 
-`make bench`; save with `--benchmark-json=FILE`. Each case passes a correctness gate before it is timed.
+`make bench`; `--benchmark-json=FILE` saves. A correctness gate comes before every timing.
 """
 
 import pytest
-import torch
 from cases import CPU_CASES, tensors
 
 from grpo_fast import LossConfig, linear_policy_loss, reference

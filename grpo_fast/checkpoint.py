@@ -1,4 +1,4 @@
-"""What Trainer's checkpoints lack: the rollout window, the reference, counters, a mark of completeness."""
+"""What Trainer's checkpoints lack: rollout window, reference, counters, a mark of completeness."""
 
 from __future__ import annotations
 

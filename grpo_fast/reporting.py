@@ -311,7 +311,7 @@ CURVES = (
 
 
 class Curves(TrainerCallback):
-    """output_dir/curves.png: reward, completion length, KL, entropy; redrawn at saves and the end."""
+    """output_dir/curves.png: reward, completion length, KL, entropy; drawn at saves and the end."""
 
     def __init__(self, output_dir: str) -> None:
         self.path = Path(output_dir) / "curves.png"

@@ -14,11 +14,11 @@ from torch.utils.data import Sampler
 class WindowSampler(Sampler[int]):
     """Yields the index of every prompt num_generations times in a row, window after window.
 
-    One window is the generation batch of all ranks. It is repeated `uses` times, so that a data loader
-    whose batch is a rank's share of the window gives one batch for each micro-step, and Trainer's count
-    of batches to skip on resume holds. The order depends on (seed, epoch) alone, never on the global
-    random state. The last window of an epoch is filled up from the start of that epoch's order, so no
-    prompt is left out.
+    One window is the generation batch of all ranks. It is repeated `uses` times, so that a data
+    loader whose batch is a rank's share of the window gives one batch for each micro-step, and
+    Trainer's count of batches to skip on resume holds. The order depends on (seed, epoch) alone,
+    never on the global random state. The last window of an epoch is filled up from the start of
+    that epoch's order, so no prompt is left out.
 
     Args:
         num_prompts: length of the dataset.
@@ -100,8 +100,8 @@ def check_dataset(name: str, dataset: Any) -> None:
     iterable = isinstance(dataset, torch.utils.data.IterableDataset)
     if iterable or not sized or isinstance(dataset, (str, dict)):
         raise ValueError(
-            f"{name} must be a map-style dataset (datasets.Dataset or a list of dicts): the order of "
-            f"prompts and resume need its length, got {type(dataset).__name__}."
+            f"{name} must be a map-style dataset (datasets.Dataset or a list of dicts): the order "
+            f"of prompts and resume need its length, got {type(dataset).__name__}."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty, expected at least one prompt.")

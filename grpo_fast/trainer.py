@@ -1,4 +1,4 @@
-"""GRPOTrainer: `generate -> score -> advantages -> batch -> loss -> log` on top of transformers' Trainer."""
+"""GRPOTrainer: generate -> score -> advantages -> batch -> loss -> log, on HF's Trainer."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ _PACKED = ("input_ids", "position_ids", "rows", "ids", "cu_seqlens")
 class GRPOTrainer(RolloutTrainer):
     """Trains a causal language model with GRPO on rewards of its own completions.
 
-    One window is sampled for `steps_per_generation` micro-batches and used `num_iterations` times. Each
-    stage is a method that a subclass can replace:
+    A window is sampled for `steps_per_generation` micro-batches and used `num_iterations` times.
+    Each stage is a method that a subclass can replace:
 
         generate(examples, G)            -> Rollouts       sample G completions of each prompt
         score(examples, rollouts)        -> (B, K)         rewards of this rank, NaN = unscorable
         advantages(rewards, G)           -> (B,), (P, G)   from the rewards of all ranks
-        batch(rollouts, advantages)      -> [MicroBatch]   packed tensors, old and reference log-probs
+        batch(rollouts, advantages)      -> [MicroBatch]   packed, with old and reference logp
         loss(model, micro_batch)         -> loss, metrics  one forward through the wrapped model
         log(logs)                                          metrics, completions, TRL's names
 
     Args:
         model: checkpoint name or path, a causal `PreTrainedModel`, or a `PeftModel`.
-        reward_funcs: one or several of: callable (TRL's convention), reward model, its checkpoint name.
+        reward_funcs: one or more of: function (TRL's convention), reward model, checkpoint name.
         args: `GRPOConfig`.
-        train_dataset: map-style rows with `prompt` (text or messages); other columns go to the rewards.
+        train_dataset: map-style rows with `prompt`, text or messages; rewards get all columns.
         eval_dataset: the same, or a dict of them.
         processing_class: tokenizer; default: the one of the model.
         reward_processing_classes: tokenizers of the reward models.
@@ -77,6 +77,8 @@ class GRPOTrainer(RolloutTrainer):
         )
         for dataset in datasets.values():
             self.rewards.check_columns(column_names(dataset))
+        # an adapter starts from random weights
+        set_seed(args.seed)
         model = policy_of(model, args, peft_config)
         self.loss_config = args.loss_config()
         self.generation_config, self.eos_ids = generation_of(args, model, tokenizer)
@@ -94,7 +96,7 @@ class GRPOTrainer(RolloutTrainer):
             callbacks=[MetricsFile(args.output_dir), Curves(args.output_dir), *(callbacks or [])],
             optimizers=optimizers,
         )
-        # transformers below 5.20 asks this instead of loss_is_scaled_for_ga
+        # older transformers ask this instead of loss_is_scaled_for_ga
         self.model_accepts_loss_kwargs = True
         self.add_callback(StepCallback(self))
         self._prepare_policy()
@@ -166,9 +168,9 @@ class GRPOTrainer(RolloutTrainer):
     ) -> list[MicroBatch]:
         """Stage 4: packed micro-batches of this rank's rollouts, advantages (B,) beside them.
 
-        A micro-batch holds tensors or None: those of `PackedBatch`, advantages (S,), mask (N,) or None,
-        old_logp and ref_logp (N,) or None. old_logp is None when every use of the window falls in the
-        optimizer step that sampled it: the policy is then its own old policy.
+        A micro-batch holds tensors or None: those of `PackedBatch`, advantages (S,), and mask,
+        old_logp and ref_logp, each (N,) or None. old_logp is None when every use of the window
+        falls in the optimizer step that sampled it: the policy is then its own old policy.
         """
         size = self.args.per_device_eval_batch_size if evaluate else self._train_batch_size
         old = not (evaluate or self.args.on_policy)
@@ -227,7 +229,7 @@ class GRPOTrainer(RolloutTrainer):
         """Stage 6: add the metrics since the last log; evaluation brings its own."""
         closing = "train_runtime" in logs and self.metrics.host
         if "loss" in logs or closing:
-            logs.update(self._named(self.metrics.reduce(self.accelerator)))
+            logs = {**self._named(self.metrics.reduce(self.accelerator)), **logs}
             self.metrics.reset()
             if self.args.log_completions:
                 folder = Path(self.args.output_dir) / "completions"
@@ -243,7 +245,7 @@ class GRPOTrainer(RolloutTrainer):
         evaluate: bool = False,
     ) -> list[MicroBatch]:
         """Stages 1 to 4 for this rank's share of a window; examples repeat each prompt G times."""
-        # a rank's share may begin or end inside a group: every run of equal prompts is a multiple of this
+        # a rank's share may begin and end inside a group; runs of one prompt are multiples of this
         repeat = math.gcd(num_generations, len(examples))
         self._extras, self._metrics_in_use = {}, metrics
         rollouts = self.generate(examples[::repeat], repeat)
@@ -302,7 +304,7 @@ class GRPOTrainer(RolloutTrainer):
 
 
 def _completion(prompt: Any, text: str) -> Any:
-    """A completion as rewards see it: text, or one assistant message (a prefilled answer included)."""
+    """A completion as rewards see it: text, or an assistant message with the answer's prefill."""
     if not is_conversational(prompt):
         return text
     begun = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""

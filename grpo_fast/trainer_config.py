@@ -24,14 +24,15 @@ class GRPOConfig(TrainingArguments):
     The loss fields take their defaults from `LossConfig`, which also validates them. Batches, with
     `B = per_device_train_batch_size`, `P` ranks, `S = steps_per_generation`:
 
-        generation_batch_size = B * P * S      completions sampled at once, num_generations per prompt
-        window                = S micro-batches of B completions on each rank, used num_iterations times
+        generation_batch_size = B * P * S      completions sampled at once
+        window                = S micro-batches of B completions on each rank,
+                                used num_iterations times
 
     Defaults of `TrainingArguments` that differ here: learning_rate 1e-6, logging_steps 10,
-    remove_unused_columns False (reward functions get every column), logging_nan_inf_filter False (it hides
-    a NaN loss and costs a host sync for each micro-batch), bf16 True where CUDA supports it and neither
-    `bf16` nor `fp16` was given (False on CPU and MPS). Model strings load in float32 unless
-    `model_init_kwargs` says otherwise.
+    remove_unused_columns False (reward functions get every column), logging_nan_inf_filter False
+    (it hides a NaN loss and costs a host sync for each micro-batch), bf16 True where CUDA supports
+    it and neither `bf16` nor `fp16` was given (False on CPU and MPS). Model strings load in float32
+    unless `model_init_kwargs` says otherwise.
 
     Raises:
         ValueError: for any value out of range, before anything is loaded.
@@ -212,8 +213,8 @@ class GRPOConfig(TrainingArguments):
         clash = sorted(owned & set(self.generation_kwargs or {}))
         if clash:
             raise ValueError(
-                f"generation_kwargs: {', '.join(clash)} belong to max_completion_length, num_generations"
-                " and temperature of GRPOConfig (the loss divides logits by the same temperature)."
+                f"generation_kwargs: {', '.join(clash)} belong to max_completion_length, "
+                "num_generations and temperature of GRPOConfig, which the loss uses too."
             )
 
     def _check_rewards(self) -> None:
@@ -248,8 +249,8 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(
                 f"num_generations = {self.num_generations} must divide the generation batch of "
                 f"{self.generation_batch_size} completions (per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} x ranks {self.world_size} x steps_per_generation "
-                f"{self.steps_per_generation})."
+                f"{self.per_device_train_batch_size} x ranks {self.world_size} x "
+                f"steps_per_generation {self.steps_per_generation})."
             )
 
     def _check_trainer(self) -> None:
@@ -259,8 +260,17 @@ class GRPOConfig(TrainingArguments):
             )
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size must be False: it would change the groups.")
-        flce = (self.liger_kernel_config or {}).get("fused_linear_cross_entropy")
-        if self.use_liger_kernel and flce:
+        if getattr(self, "enable_jit_checkpoint", False):
             raise ValueError(
-                "liger_kernel_config: fused_linear_cross_entropy must be False, it would replace the head."
+                "enable_jit_checkpoint must be False: it saves within a step, when the rollouts of "
+                "the next one are already drawn."
+            )
+        if not self.use_liger_kernel:
+            return
+        # Liger's layers are welcome, its forward would take the place of the one with our head
+        name = "fused_linear_cross_entropy"
+        self.liger_kernel_config = {name: False, **(self.liger_kernel_config or {})}
+        if self.liger_kernel_config[name]:
+            raise ValueError(
+                f"liger_kernel_config: {name} must be False: it would replace the head."
             )

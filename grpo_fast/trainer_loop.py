@@ -56,17 +56,15 @@ class RolloutTrainer(Trainer):
     """Trainer whose batches are windows of rollouts; `GRPOTrainer` fills in the stages.
 
     Trainer draws one batch of prompts for each micro-step. A window is made from the first of
-    `args.window_uses` of them and serves them all, so Trainer's own count of steps, epochs and batches to
-    skip stays true.
+    `args.window_uses` of them and serves them all, so Trainer's own count of steps, epochs and
+    batches to skip stays true.
     """
 
     # compute_loss returns the exact addend of the optimizer step
     loss_is_scaled_for_ga = True
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of one rank's share of a window, once for each micro-step that the window serves."""
-        if self.train_dataset is None:
-            raise ValueError("train_dataset: training needs one, got None.")
+        """A rank's share of each window, once for every micro-step that the window serves."""
         return self._get_dataloader(
             dataset=self.train_dataset,
             description="Training",
@@ -92,8 +90,8 @@ class RolloutTrainer(Trainer):
     ) -> tuple[list[MicroBatch], Tensor | None]:
         """The micro-batches of the coming optimizer step, each with its exact denominator.
 
-        Windows that begin in this step are sampled here: weights change between optimizer steps only,
-        so sampling ahead of the accumulation is sampling from the current policy.
+        Windows that begin in this step are sampled here: weights change between optimizer steps
+        only, so sampling ahead of the accumulation is sampling from the current policy.
         """
         self._step_began = time.perf_counter()
         drawn = list(itertools.islice(epoch_iterator, num_batches))
@@ -114,8 +112,8 @@ class RolloutTrainer(Trainer):
     def denominators(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
         """What each micro-batch's loss divides by: the count of this optimizer step over all ranks.
 
-        DDP averages gradients over the ranks, hence the division by their number. bnpo is local to a
-        micro-batch and averaged over the micro-batches that there are.
+        DDP averages gradients over the ranks, hence the division by their number. bnpo is local to
+        a micro-batch and averaged over the micro-batches that there are.
         """
         counts = []
         for micro in micro_batches:
@@ -145,7 +143,7 @@ class RolloutTrainer(Trainer):
         return (loss, metrics) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Different prompts for each rank; `num_generations_eval` completions of each fill a batch."""
+        """Prompts of this rank; a batch is filled by `num_generations_eval` completions of each."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             eval_dataset = (
                 self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
@@ -209,8 +207,11 @@ class RolloutTrainer(Trainer):
         """Train; True resumes the newest complete checkpoint of the output folder.
 
         Raises:
-            ValueError: the checkpoint is incomplete or comes from another configuration.
+            ValueError: there is no training data; the checkpoint is incomplete or comes from
+                another configuration.
         """
+        if self.train_dataset is None:
+            raise ValueError("train_dataset: training needs one, got None.")
         self._reset_run()
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
@@ -242,7 +243,7 @@ class RolloutTrainer(Trainer):
         self._globalstep_last_logged = state["last_logged"]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Trainer restores it once more after the first step's batches are drawn, when ours are sampled
+        # Trainer calls this once more after the first step's batches are drawn and sampled
         if not self._random_restored:
             super()._load_rng_state(checkpoint)
             self._random_restored = True
@@ -296,7 +297,7 @@ class StepCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        """Set the order here: set_epoch does not reach a sampler inside all of Accelerate's wrappers."""
+        """Set the order: set_epoch does not reach the sampler in all of Accelerate's wrappers."""
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args, state, control, **kwargs) -> None:

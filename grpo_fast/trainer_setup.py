@@ -1,4 +1,4 @@
-"""What GRPOTrainer checks and builds before it starts: arguments, tokenizer, policy, sampling settings."""
+"""What GRPOTrainer checks and builds first: arguments, tokenizer, policy, sampling settings."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def policy_of(model: Any, args: GRPOConfig, peft_config: Any) -> nn.Module:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: modules, and the probabilities that attention layers keep as numbers."""
+    """Set every dropout to 0: modules, and the probabilities attention layers keep as numbers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -122,7 +122,7 @@ def disable_dropout(model: nn.Module) -> None:
 def generation_of(
     args: GRPOConfig, model: nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[GenerationConfig, set[int]]:
-    """Sampling settings, and the tokens that end a completion: the tokenizer's and the model's own."""
+    """Sampling settings, and the tokens that end a completion: the tokenizer's and the model's."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = ends if isinstance(ends, (list, tuple)) else [ends]
     eos_ids = {token for token in (tokenizer.eos_token_id, *ends) if token is not None}
@@ -146,7 +146,7 @@ def prompt_room(model: nn.Module, args: GRPOConfig) -> int | None:
         return None
     if args.max_completion_length >= context:
         raise ValueError(
-            f"max_completion_length = {args.max_completion_length} leaves no room for a prompt in the "
-            f"context of {context} tokens."
+            f"max_completion_length = {args.max_completion_length} leaves no room for a prompt in "
+            f"the context of {context} tokens."
         )
     return context - args.max_completion_length

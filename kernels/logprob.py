@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.configs import row_launch
+from grpo_fast.kernels.configs import ENABLE_FP_FUSION, row_launch
 from grpo_fast.kernels.lang import row_pointer, row_stats, store_row_gradient, store_zero_row
 
 
@@ -155,6 +155,7 @@ def logprob_fwd(
         HAS_SOFTCAP=softcap is not None,
         BLOCK_V=launch.BLOCK_V,
         num_warps=launch.num_warps,
+        enable_fp_fusion=ENABLE_FP_FUSION,
     )
 
 
@@ -207,4 +208,5 @@ def logprob_bwd(
         HAS_DENTROPY=dentropy is not None,
         BLOCK_V=launch.BLOCK_V,
         num_warps=launch.num_warps,
+        enable_fp_fusion=ENABLE_FP_FUSION,
     )

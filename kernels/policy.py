@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.configs import row_launch
+from grpo_fast.kernels.configs import ENABLE_FP_FUSION, row_launch
 from grpo_fast.kernels.lang import (
     device_function,
     row_pointer,
@@ -208,4 +208,5 @@ def policy(
         WRITE_GRADIENT=out is not None,
         BLOCK_V=launch.BLOCK_V,
         num_warps=launch.num_warps,
+        enable_fp_fusion=ENABLE_FP_FUSION,
     )

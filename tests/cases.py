@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_fast import LossConfig, reference
+from grpo_fast import PRESETS, LossConfig, reference
 
 LENGTHS = (9, 1, 0, 6)
 # old and reference log-probs are drawn near the policy at this temperature
@@ -94,7 +94,7 @@ def configurations() -> list[tuple[LossConfig, bool, bool]]:
     """Every loss type x level x KL (none, or an estimator, plain or ratio-weighted) x old given or
     not."""
     out = []
-    for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"):
+    for loss_type in PRESETS:
         for level in ("token", "sequence"):
             for kl in (None, "k1", "k2", "k3"):
                 for weighted in (False, True) if kl else (False,):

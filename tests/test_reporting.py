@@ -49,7 +49,7 @@ TRL_NAMES = {
 
 
 class Ranks:
-    """Stands for an accelerator of several processes: `others` are the metrics of the other ranks."""
+    """Stands for an accelerator of several processes; `others`: metrics of the other ranks."""
 
     def __init__(self, others=()):
         self.others = others

@@ -149,12 +149,12 @@ def test_sampled_distribution_is_the_one_asked_for(settings):
 
 def test_repetition_penalty_does_not_depend_on_padding():
     model = tiny(seed=1)
-    config = GenerationConfig(max_new_tokens=7, repetition_penalty=3.0)
+    config = GenerationConfig(max_new_tokens=7, repetition_penalty=30.0)
     short = [13, 14, 15]
-    expected = alone(model, short, repetition_penalty=3.0)
+    expected = alone(model, short, repetition_penalty=30.0)
     assert expected != alone(model, short)
     long = [16, 17, 18, 19, 20, 21, 22, 23]
-    # A penalised pad token would lose its place in the greedy answer.
+    # Were the padding of the short prompt penalised, this token would lose its first place.
     got = run(model, [short, long], config=config, pad_id=expected[0], eos=set())
     assert got.completion_ids[:3] == [expected] * 3
 

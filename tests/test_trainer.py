@@ -1,4 +1,4 @@
-"""GRPOTrainer against a float64 reference, and what each of its options does."""
+"""GRPOTrainer: it learns, and each of its options does what it says."""
 
 from __future__ import annotations
 
@@ -7,217 +7,20 @@ import random
 
 import pytest
 import torch
-from tiny_trainer import WORDS, count_w3, dataset, model, tokenizer, trainer
-from transformers import TrainerCallback
+from tiny_trainer import (
+    WORDS,
+    Recording,
+    count_w3,
+    dataset,
+    model,
+    relative,
+    spread_reward,
+    tokenizer,
+    trainer,
+)
 
 from grpo_fast import GRPOTrainer
 from grpo_fast.sampler import WindowSampler
-
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
-
-
-class Recording(GRPOTrainer):
-    """Keeps the rollouts of every window, and weights, gradients and losses of every step."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.windows, self.steps = [], []
-        trainer = self
-
-        class Record(TrainerCallback):
-            def on_step_begin(self, args, state, control, **kwargs):
-                weights = copy.deepcopy(trainer.model.state_dict())
-                trainer.steps.append({"weights": weights, "losses": []})
-
-            def on_pre_optimizer_step(self, args, state, control, **kwargs):
-                named = trainer.model.named_parameters()
-                gradients = {n: p.grad.clone() for n, p in named if p.requires_grad}
-                trainer.steps[-1]["gradients"] = gradients
-
-        self.add_callback(Record())
-
-    def batch(self, rollouts, advantages, evaluate=False):
-        if not evaluate:
-            weights = copy.deepcopy(self.model.state_dict())
-            self.windows.append((rollouts, advantages.clone(), weights))
-        return super().batch(rollouts, advantages, evaluate)
-
-    def compute_loss(self, *args, **kwargs):
-        loss = super().compute_loss(*args, **kwargs)
-        self.steps[-1]["losses"].append(loss.item())
-        return loss
-
-
-def logprobs(policy, prompt, completion, temperature):
-    """log p of each completion token, one sequence at a time, through the model's own logits."""
-    logits = policy(torch.tensor([prompt + completion]), use_cache=False).logits[0]
-    logits = logits[len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
-
-
-def double(weights):
-    policy = model().double()
-    policy.load_state_dict({k: v.double() for k, v in weights.items()})
-    return policy.eval()
-
-
-def reference_step(run, number):
-    """(loss, gradients) of an optimizer step in float64, written from the formulas of the
-    papers."""
-    args, uses = run.args, run.args.steps_per_generation * run.args.num_iterations
-    size, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    policy, start = double(run.steps[number]["weights"]), double(run.windows[0][2])
-    micros = []
-    for micro_step in range(number * accumulation, (number + 1) * accumulation):
-        rollouts, advantages, weights = run.windows[micro_step // uses]
-        first = micro_step % args.steps_per_generation * size
-        old = double(weights)
-        micros.append([(rollouts, advantages, old, i) for i in range(first, first + size)])
-    kept = [[not (args.mask_truncated_completions and r.truncated[i]) for r, _, _, i in m] for m in
-    micros]
-    lengths = [[len(r.completion_ids[i]) for r, _, _, i in m] for m in micros]
-    tokens = [sum(n for n, k in zip(*pair, strict=True) if k) for pair in zip(lengths, kept,
-    strict=True)]
-        total
-            =
-                torch.zeros((),
-                    dtype=torch.float64)
-                    for
-                    m,
-                        micro
-                            in
-                                enumerate(micros):
-                                    for
-                                        (rollouts, advantages, old,
-                                            i), keep
-                                                in
-                                                    zip(micro,
-                                                        kept[m],
-                                                            strict=True):
-                                                                if
-                                                                    not keep:
-                                                                        continue
-            pair
-            =
-            rollouts.prompt_ids[i], rollouts.completion_ids[i], args.temperature
-                logp
-                =
-                logprobs(policy, *pair)
-                with torch.no_grad(): delta, ref = logp - logprobs(old, *pair),
-                logprobs(start, *pair) - logp
-            advantage = advantages[i].double()
-            log_ratio = delta + logp - logp.detach()
-            ratio = log_ratio.exp()
-            if args.loss_type == "cispo":
-                value = -ratio.detach().clamp(max=args.epsilon_high) * advantage * logp
-            else:
-                clipped = ratio.clamp(1 - args.epsilon, 1 + (args.epsilon_high or args.epsilon))
-                value = -torch.minimum(ratio * advantage, clipped * advantage)
-            gap = ref + logp.detach() - logp
-            value = value + args.beta * ratio * (gap.exp() - gap - 1)
-            total = total + {
-                "grpo": lambda v: v.mean() / (accumulation * size),
-                "bnpo": lambda v, m=m: v.sum() / tokens[m] / accumulation,
-                "dr_grpo": lambda v: v.sum() / (accumulation * size * args.max_completion_length),
-                "dapo": lambda v: v.sum() / sum(tokens),
-                "cispo": lambda v: v.sum() / sum(tokens),
-            }[args.loss_type](value)
-    total.backward()
-    return total.item(), {name: p.grad for name, p in policy.named_parameters()}
-
-
-def spread_reward(completions, **_):
-    """Different for almost every two completions, so that groups have a gradient."""
-    return [float(sum(int(w[1:]) for w in c.split()) % 11) for c in completions]
-
-
-def relative(a, b):
-    gap = sum((a[n].double() - b[n].double()).square().sum() for n in b)
-    return (gap / sum(b[n].double().square().sum() for n in b)).sqrt().item()
-
-
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_every_step_has_the_loss_and_gradient_of_the_float64_reference(loss_type, tmp_path):
-    """Uneven lengths, truncated ones masked, temperature, KL, and steps off the old policy."""
-    run = trainer(
-        tmp_path,
-        cls=Recording,
-        reward=spread_reward,
-        loss_type=loss_type,
-        epsilon_high=0.3,
-        beta=0.1,
-        temperature=0.8,
-        max_completion_length=20,
-        per_device_train_batch_size=4,
-        steps_per_generation=4,
-        gradient_accumulation_steps=2,
-        num_iterations=2,
-        mask_truncated_completions=True,
-        max_grad_norm=0.0,
-        max_steps=4,
-        learning_rate=3e-3,
-    )
-    run.train()
-    rollouts = run.windows[0][0]
-    assert any(rollouts.truncated) and not all(rollouts.truncated)
-    assert len({len(ids) for ids in rollouts.completion_ids}) > 2
-    assert len(run.windows) == 1 and len(run.steps) == 4
-    for number, step in enumerate(run.steps):
-        loss, gradients = reference_step(run, number)
-        assert sum(step["losses"]) == pytest.approx(loss, rel=2e-5, abs=2e-6)
-        assert relative(step["gradients"], gradients) < 5e-5, number
-    assert run.state.log_history[2]["clip_ratio/region_mean" if loss_type != "cispo" else "ratio/max"] > 0
-
-
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_the_split_into_micro_batches_changes_nothing_but_bnpo(loss_type, tmp_path):
-    def gradients(size, accumulation):
-        run = trainer(
-            tmp_path,
-            cls=Recording,
-            reward=spread_reward,
-            loss_type=loss_type,
-            epsilon_high=0.3,
-            max_completion_length=20,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0.0,
-            max_steps=1,
-        )
-        run.train()
-        return run.steps[0]["gradients"]
-
-    whole = gradients(8, 1)
-    for size, accumulation in ((4, 2), (1, 8)):
-        gap = relative(gradients(size, accumulation), whole)
-        assert gap < 1e-5 if loss_type != "bnpo" else gap > 1e-3, (size, accumulation)
-
-
-def test_the_last_step_of_an_epoch_counts_the_micro_batches_it_has(tmp_path):
-    """3 prompts, one for each micro-batch, accumulation 2: the second step has a single one."""
-    run = trainer(
-        tmp_path,
-        cls=Recording,
-        reward=spread_reward,
-        loss_type="grpo",
-        train_dataset=dataset(3),
-        steps_per_generation=1,
-        gradient_accumulation_steps=2,
-        max_grad_norm=0.0,
-        max_steps=2,
-        temperature=0.8,
-    )
-    run.train()
-    assert [len(step["losses"]) for step in run.steps] == [2, 1] and len(run.windows) == 3
-    rollouts, advantages, weights = run.windows[2]
-    policy = double(weights)
-    total = 0.0
-    for i, ids in enumerate(rollouts.completion_ids):
-        logp = logprobs(policy, rollouts.prompt_ids[i], ids, 0.8)
-        total = total - (logp - logp.detach()).exp().mean() * advantages[i].double() / 4
-    total.backward()
-    reference = {name: p.grad for name, p in policy.named_parameters()}
-    assert relative(run.steps[1]["gradients"], reference) < 5e-5
 
 
 def test_reward_rises_on_a_task_that_can_be_learnt(tmp_path):
@@ -287,21 +90,23 @@ def test_reference_moves_by_its_share_at_its_steps(tmp_path):
     assert trainer(tmp_path).reference is None
 
 
-@pytest.mark.parametrize("kind", ["gradient_checkpointing", "disable_dropout"])
-def test_options_that_must_not_change_the_gradient(kind, tmp_path):
-    def gradients(**overrides):
-        policy = model(attention_dropout=0.3 if kind == "disable_dropout" else 0.0)
-        run = trainer(tmp_path, policy=policy, cls=Recording, reward=spread_reward, max_steps=1,
-        **overrides)
-        run.train()
-        return run.steps[0]["gradients"]
+def first_gradients(folder, **overrides):
+    run = trainer(folder, cls=Recording, reward=spread_reward, max_steps=1, **overrides)
+    run.train()
+    return run.steps[0]["gradients"]
 
-    plain = gradients()
-    if kind == "disable_dropout":
-        assert relative(plain, gradients(disable_dropout=True)) > 1e-2
-        return
+
+def test_checkpointed_activations_give_the_same_gradient(tmp_path):
     kwargs = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    assert relative(gradients(gradient_checkpointing=True, **kwargs), plain) < 1e-6
+    plain = first_gradients(tmp_path)
+    assert relative(first_gradients(tmp_path, gradient_checkpointing=True, **kwargs), plain) < 1e-6
+
+
+def test_disable_dropout_reaches_attention_too(tmp_path):
+    plain = first_gradients(tmp_path)
+    noisy = first_gradients(tmp_path, policy=model(attention_dropout=0.3))
+    quiet = first_gradients(tmp_path, policy=model(attention_dropout=0.3), disable_dropout=True)
+    assert relative(noisy, plain) > 1e-2 and relative(quiet, plain) == 0
 
 
 def test_messages_go_through_the_template_and_come_back_as_messages(tmp_path):
@@ -311,9 +116,7 @@ def test_messages_go_through_the_template_and_come_back_as_messages(tmp_path):
         seen.update(prompts=prompts, completions=completions, target=target)
         return [1.0] * len(prompts)
 
-    rows = [
-        {"prompt": [{"role": "user", "content": f"w{i} w9"}], "target": i} for i in range(2, 6)
-    ]
+    rows = [{"prompt": [{"role": "user", "content": f"w{i} w9"}], "target": i} for i in range(2, 6)]
     run = trainer(tmp_path, reward=reward, train_dataset=rows, max_steps=1, cls=Recording)
     run.train()
     first = seen["prompts"][0][0]["content"]
@@ -369,19 +172,20 @@ def test_scales_of_the_advantages_and_weights_of_the_rewards(tmp_path):
     total = torch.tensor([2.0, -0.5, 5.0, 2.5])
     centred = total - total.mean()
     for scale, expected in (("group", centred / (total.std() + 1e-4)), ("none", centred)):
-        run = trainer(tmp_path, reward=[count_w3, half], reward_weights=[2.0, -1.0],
-        scale_rewards=scale)
+        both = {"reward": [count_w3, half], "reward_weights": [2.0, -1.0]}
+        run = trainer(tmp_path, scale_rewards=scale, **both)
         got, weighted = run.advantages(rewards, 4)
         torch.testing.assert_close(weighted, total[None])
         torch.testing.assert_close(got, expected)
 
 
 def test_unscorable_completions_do_not_train(tmp_path):
-    run = trainer(tmp_path, reward=lambda completions, **_: [None] * len(completions),
-    cls=Recording)
+    def nothing(completions, **_):
+        return [None] * len(completions)
+
+    run = trainer(tmp_path, reward=nothing, cls=Recording)
     run.train()
-    assert all(g.abs().max() == 0 for g in
-    run.steps[0]["gradients"].values())
+    assert all(gradient.abs().max() == 0 for gradient in run.steps[0]["gradients"].values())
     assert run.state.log_history[0]["active_rows"] == 0
 
 
@@ -422,6 +226,39 @@ def test_epochs_have_their_own_order_and_batches_match_the_prompts(tmp_path):
     run.train()
     prompts = sorted(row["prompt"] for row in dataset(6))
     assert sorted(seen[:6]) == sorted(seen[6:]) == prompts and seen[:6] != seen[6:]
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_a_datasets_dataset_trains_and_evaluates(messages, tmp_path):
+    from datasets import Dataset
+
+    rows = dataset(6)
+    for row in rows if messages else []:
+        row["prompt"] = [{"role": "user", "content": row["prompt"]}]
+    data = Dataset.from_list(rows)
+
+    def reward(prompts, completions, target, **_):
+        assert target == [rows[[r["prompt"] for r in rows].index(p)]["target"] for p in prompts]
+        return [0.0] * len(prompts)
+
+    run = trainer(tmp_path, reward=reward, train_dataset=data, eval_dataset={"held": data})
+    run.train()
+    assert "eval_held_reward" in run.evaluate()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overrides", [{}, {"num_iterations": 2, "beta": 0.04}])
+def test_it_learns_on_a_gpu_in_bf16(overrides, tmp_path):
+    settings = {"use_cpu": False, "bf16": None, "learning_rate": 5e-3, "max_steps": 40}
+    settings |= {"per_device_train_batch_size": 16, "num_generations": 8}
+    run = trainer(tmp_path, lr_scheduler_type="constant", **settings, **overrides)
+    run.train()
+    assert run.args.bf16 and run.model.device.type == "cuda"
+    rows = run.state.log_history
+    rewards = [row["reward"] for row in rows if "reward" in row]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3, rewards
+    assert all(abs(row["ratio/mean"] - 1) < 0.2 for row in rows if "ratio/mean" in row)
+    assert all(row["nonfinite_tokens"] == 0 for row in rows if "nonfinite_tokens" in row)
 
 
 def test_words_are_known():

@@ -17,7 +17,7 @@ from tiny_trainer import model
 from grpo_fast import checkpoint
 
 HERE = Path(__file__).resolve().parent
-# completions depend on the prompt and the place in its group alone, so that it does not matter who samples
+# completions depend on the prompt and the place in the window, not on the rank that samples them
 PROGRAM = """
 import sys, torch
 torch.set_num_threads(1)
@@ -32,8 +32,10 @@ class Canned(GRPOTrainer):
 
     def generate(self, examples, count):
         prompts = [self.encode(e["prompt"]) for e in examples for _ in range(count)]
-        ids = [[3 + (7 * sum(p) + 5 * (self.first + i) * j) % 29 for j in range(1 + (self.first + i + sum(p)) % 9)]
-               for i, p in enumerate(prompts)]
+        ids = []
+        for place, prompt in enumerate(prompts, self.first):
+            length = 1 + (place + sum(prompt)) % 9
+            ids.append([3 + (7 * sum(prompt) + 5 * place * j) % 29 for j in range(length)])
         return Rollouts(prompts, ids, [len(c) % 2 == 0 for c in ids])
 
 def reward(completions, log_metric, **_):

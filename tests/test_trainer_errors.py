@@ -56,6 +56,7 @@ def lora():
         ({"num_completions_to_print": 0}, "num_completions_to_print must be an integer >= 1"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size must be False"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint must be False"),
         (
             {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
             "fused_linear_cross_entropy must be False",

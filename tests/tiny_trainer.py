@@ -3,11 +3,17 @@ tests."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from grpo_fast import GRPOConfig, GRPOTrainer
 from grpo_fast.reporting import Curves
@@ -15,7 +21,8 @@ from grpo_fast.reporting import Curves
 WORDS = [f"w{i}" for i in range(29)]
 VOCAB = ["<pad>", "<eos>", "<unk>", *WORDS]
 TEMPLATE = (
-    "{% for m in messages %}{{ 'w0 ' if m['role'] == 'user' else 'w1 ' }}{{ m['content'] }} {% endfor %}"
+    "{% for m in messages %}{{ 'w0 ' if m['role'] == 'user' else 'w1 ' }}{{ m['content'] }} "
+    "{% endfor %}"
     "{% if add_generation_prompt %}w1 {% endif %}"
 )
 
@@ -62,6 +69,51 @@ def dataset(rows: int = 8) -> list[dict[str, Any]]:
 def count_w3(completions: list[str], **_: Any) -> list[float]:
     """Share of w3 among the words of a completion."""
     return [c.split().count("w3") / max(len(c.split()), 1) for c in completions]
+
+
+def spread_reward(completions: list[str], **_: Any) -> list[float]:
+    """Different for almost every two completions, so that groups have a gradient."""
+    return [float(sum(int(w[1:]) for w in c.split()) % 11) for c in completions]
+
+
+def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Relative L2 distance of gradients a from gradients b."""
+    gap = sum((a[n].double() - b[n].double()).square().sum() for n in b)
+    return (gap / sum(b[n].double().square().sum() for n in b)).sqrt().item()
+
+
+class Recording(GRPOTrainer):
+    """Keeps the rollouts of every window, and weights, gradients and losses of every step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.windows: list[tuple] = []
+        self.steps: list[dict[str, Any]] = []
+        self.add_callback(_Record(self))
+
+    def batch(self, rollouts: Any, advantages: torch.Tensor, evaluate: bool = False) -> list:
+        if not evaluate:
+            weights = copy.deepcopy(self.model.state_dict())
+            self.windows.append((rollouts, advantages.clone(), weights))
+        return super().batch(rollouts, advantages, evaluate)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self.steps[-1]["losses"].append(loss.item())
+        return loss
+
+
+class _Record(TrainerCallback):
+    def __init__(self, run: Recording) -> None:
+        self.run = run
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        weights = copy.deepcopy(self.run.model.state_dict())
+        self.run.steps.append({"weights": weights, "losses": []})
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = self.run.model.named_parameters()
+        self.run.steps[-1]["gradients"] = {n: p.grad.clone() for n, p in named if p.requires_grad}
 
 
 def config(output_dir: Any, **overrides: Any) -> GRPOConfig:
