@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,19 +146,37 @@ def problem(folder: Path) -> str | None:
     return None
 
 
+def _folders(output_dir: Path) -> list[tuple[int, Path]]:
+    found = []
+    for path in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), path))
+    return sorted(found)
+
+
+def rotate(current: Path, limit: int | None, best: str | None) -> None:
+    """Delete checkpoints beside `current` until `limit` remain: incomplete ones, then the oldest.
+
+    The one just written and the best one stay, even if that makes two with a limit of one.
+    """
+    if not limit:
+        return
+    kept = {current.resolve(), *([Path(best).resolve()] if best else [])}
+    others = [path for _, path in _folders(current.parent) if path.resolve() not in kept]
+    others.sort(key=lambda path: (problem(path) is None, path.stat().st_mtime_ns))
+    for path in others[: len(others) - max(limit - len(kept), 0)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def newest(output_dir: str) -> tuple[Path, list[str]]:
     """Newest complete checkpoint of a folder, and why newer ones were passed over.
 
     Raises:
         ValueError: when none is complete, with the reason for each.
     """
-    found = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match:
-            found.append((int(match[1]), path))
     skipped = []
-    for _, path in sorted(found, reverse=True):
+    for _, path in reversed(_folders(Path(output_dir))):
         reason = problem(path)
         if reason is None:
             return path, skipped

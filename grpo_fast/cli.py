@@ -144,9 +144,7 @@ def train(script: ScriptArguments, config: dict[str, Any]) -> None:
         eval_dataset=eval_dataset,
         peft_config=_lora(script),
     )
-    resume = args.resume_from_checkpoint
-    # Trainer takes True for the newest checkpoint in output_dir
-    trainer.train(resume_from_checkpoint=True if resume == "latest" else resume)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"model, metrics.jsonl, curves and checkpoints: {Path(args.output_dir).resolve()}")
@@ -230,12 +228,15 @@ def _load_rows(script: ScriptArguments, seed: int) -> Dataset:
     kind = _FORMATS.get(Path(name).suffix)
     if kind is not None and not Path(name).is_file():
         raise ValueError(f"dataset: no file {name!r}.")
+    if kind is not None and Path(name).stat().st_size == 0:
+        raise ValueError(f"dataset {name!r}: expected rows, got an empty file.")
     source = {"path": name} if kind is None else {"path": kind, "data_files": name}
     try:
         return load_dataset(**source, split=script.dataset_split, **kwargs)
-    # datasets wraps what a reader found wrong in a file
-    except DatasetGenerationError as error:
-        raise ValueError(f"dataset {name!r} cannot be read: {error.__cause__ or error}") from error
+    # the boundary to datasets: its readers raise whatever theirs do, and do not name the file
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        raise ValueError(f"dataset {name!r} cannot be loaded: {cause}") from error
 
 
 def _as_message(row: dict[str, Any]) -> dict[str, Any]:

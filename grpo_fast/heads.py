@@ -213,9 +213,7 @@ def check_head(model: nn.Module, head: Head) -> None:
             _compare(lm, head, seen.pop()[0], logits, targets)
 
 
-def _compare(
-    lm: PreTrainedModel, head: Head, hidden: Tensor, logits: Tensor, ids: Tensor
-) -> None:
+def _compare(lm: PreTrainedModel, head: Head, hidden: Tensor, logits: Tensor, ids: Tensor) -> None:
     hidden = hidden.to(head.weight.dtype)
     if logits.shape != (len(ids), head.weight.shape[0]):
         raise ValueError(

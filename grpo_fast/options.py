@@ -35,7 +35,8 @@ examples:
 """
 EPILOG = """\
 A YAML file holds the same names (`max_steps: 100`); the command line wins over it. Every field of
-transformers.TrainingArguments is an option as well: --help-all lists them.
+transformers.TrainingArguments is an option as well: --help-all lists them. To go on from the newest
+checkpoint in the output folder: --resume-from-checkpoint latest.
 """
 # fields that the command line shows beside those of GRPOConfig itself
 _COMMON = (
@@ -285,6 +286,9 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, dict[str, Any]] | None:
         return None
     config = given.pop("config", None)
     values = {**(parser.from_yaml(config) if config else {}), **given}
+    # Trainer takes True for the newest checkpoint in output_dir
+    if values.get("resume_from_checkpoint") == "latest":
+        values["resume_from_checkpoint"] = True
     names = {f.name for f in dataclasses.fields(ScriptArguments)}
     script = ScriptArguments(**{key: value for key, value in values.items() if key in names})
     return script, {key: value for key, value in values.items() if key not in names}

@@ -115,6 +115,11 @@ def _resolve(config: GenerationConfig, pad_id: int, eos_ids: set[int]) -> Genera
                 f"generation_config: {name} ends a completion without an EOS token, which would "
                 "make it look truncated; expected None"
             )
+    if config.no_repeat_ngram_size:
+        raise ValueError(
+            "generation_config: no_repeat_ngram_size looks at the padding too, so a completion "
+            f"would depend on its neighbours; expected None, got {config.no_repeat_ngram_size}"
+        )
     config.pad_token_id = pad_id
     config.eos_token_id = sorted(eos_ids) or None
     config.return_dict_in_generate = False
@@ -146,9 +151,9 @@ def _check(
 def _left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return ids and mask, (P, L) int64.
 
-    The filler is the first token of the row itself. The mask hides it from the model, but a
-    repetition penalty looks at the ids only, and would punish a pad token, often the EOS, in
-    exactly those rows whose neighbours are longer.
+    The filler is the first token of the row itself. The mask hides it from the model, but the
+    repetition penalty of older transformers (5.5) looks at the ids only, and would punish a pad
+    token, often the EOS, in exactly those rows whose neighbours are longer.
     """
     width = max(len(prompt) for prompt in prompts)
     ids = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]

@@ -96,8 +96,10 @@ class GRPOTrainer(RolloutTrainer):
             callbacks=[MetricsFile(args.output_dir), Curves(args.output_dir), *(callbacks or [])],
             optimizers=optimizers,
         )
-        # older transformers ask this instead of loss_is_scaled_for_ga
+        # older transformers ask this instead of loss_is_scaled_for_ga, and before 5.8 Accelerate
+        # divides once more
         self.model_accepts_loss_kwargs = True
+        self.accelerator.gradient_accumulation_steps = 1
         self.add_callback(StepCallback(self))
         self._prepare_policy()
         # ranks that start from one seed would sample alike

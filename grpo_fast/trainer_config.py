@@ -30,9 +30,10 @@ class GRPOConfig(TrainingArguments):
 
     Defaults of `TrainingArguments` that differ here: learning_rate 1e-6, logging_steps 10,
     remove_unused_columns False (reward functions get every column), logging_nan_inf_filter False
-    (it hides a NaN loss and costs a host sync for each micro-batch), bf16 True where CUDA supports
-    it and neither `bf16` nor `fp16` was given (False on CPU and MPS). Model strings load in float32
-    unless `model_init_kwargs` says otherwise.
+    (it hides a NaN loss and costs a host sync for each micro-batch), dataloader_pin_memory False
+    (the loader yields rows of the dataset, no tensors), bf16 True where CUDA supports it and
+    neither `bf16` nor `fp16` was given (False on CPU and MPS). Model strings load in float32 unless
+    `model_init_kwargs` says otherwise.
 
     Raises:
         ValueError: for any value out of range, before anything is loaded.
@@ -51,6 +52,7 @@ class GRPOConfig(TrainingArguments):
         False, "Must stay False: reward functions read the dataset's columns."
     )
     logging_nan_inf_filter: bool = _option(False, "Leave NaN losses out of the logged loss.")
+    dataloader_pin_memory: bool = _option(False, "Pin the memory of what the loader yields.")
     bf16: bool | None = _option(None, "bf16 autocast; default: True where CUDA supports it.")
 
     # policy and data
@@ -121,7 +123,7 @@ class GRPOConfig(TrainingArguments):
 
     # reports
     log_completions: bool = _option(
-        False, "Print a table of completions and write them as parquet."
+        False, "Print a table of the training completions and write them as parquet."
     )
     num_completions_to_print: int | None = _option(
         None, "Rows of that table; default: all. The parquet files hold all."

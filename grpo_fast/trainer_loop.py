@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from . import checkpoint, weights
 from .heads import evaluating
@@ -267,12 +267,7 @@ class RolloutTrainer(Trainer):
         if main:
             if not args.save_only_model:
                 checkpoint.seal(folder, self.fingerprint())
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            checkpoint.rotate(folder, limit, self.state.best_model_checkpoint)
 
     def _save_run_state(self, folder: Path) -> None:
         state = {

@@ -21,6 +21,54 @@ from grpo_fast.kernels.lang import (
 
 
 @triton.jit
+def evaluate_token(
+    n,
+    logp,
+    old_logp_ptr,
+    ref_logp_ptr,
+    advantage_ptr,
+    weight_ptr,
+    low,
+    high,
+    delta,
+    beta,
+    TOKEN_LOSS: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    KL: tl.constexpr,
+    THROUGH_RATIO: tl.constexpr,
+    WEIGHT_KL: tl.constexpr,
+    HAS_OLD: tl.constexpr,
+    HAS_REF: tl.constexpr,
+):
+    """Weighted loss of token n, ratio, kl and dloss/dlogp."""
+    # on-policy: 0 for every finite logp, NaN where logp is NaN
+    log_ratio = logp - logp
+    ref_logp = logp
+    if HAS_OLD:
+        log_ratio = logp - tl.load(old_logp_ptr + n)
+    if HAS_REF:
+        ref_logp = tl.load(ref_logp_ptr + n)
+    advantage = tl.load(advantage_ptr + n)
+    weight = tl.load(weight_ptr + n)
+    loss, by_logp, by_ratio, ratio, kl = TOKEN_LOSS(
+        logp,
+        log_ratio,
+        ref_logp,
+        advantage,
+        low,
+        high,
+        delta,
+        beta,
+        OBJECTIVE,
+        KL,
+        THROUGH_RATIO,
+        WEIGHT_KL,
+        HAS_REF,
+    )
+    return loss * weight, ratio, kl, (by_logp + by_ratio) * weight
+
+
+@triton.jit
 def policy_kernel(
     logits_ptr,
     ids_ptr,
@@ -71,32 +119,25 @@ def policy_kernel(
         logp, entropy, peak, log_sum = row_stats(
             row_ptr, target, V, scale, softcap, inv_temperature, HAS_SOFTCAP, BLOCK_V
         )
-        # on-policy: 0 for every finite logp, NaN where logp is NaN
-        log_ratio = logp - logp
-        ref_logp = logp
-        if HAS_OLD:
-            log_ratio = logp - tl.load(old_logp_ptr + n)
-        if HAS_REF:
-            ref_logp = tl.load(ref_logp_ptr + n)
-        advantage = tl.load(advantage_ptr + n)
-        weight = tl.load(weight_ptr + n)
-        loss, by_logp, by_ratio, ratio, kl = TOKEN_LOSS(
+        loss, ratio, kl, dlogp = evaluate_token(
+            n,
             logp,
-            log_ratio,
-            ref_logp,
-            advantage,
+            old_logp_ptr,
+            ref_logp_ptr,
+            advantage_ptr,
+            weight_ptr,
             low,
             high,
             delta,
             beta,
+            TOKEN_LOSS,
             OBJECTIVE,
             KL,
             THROUGH_RATIO,
             WEIGHT_KL,
+            HAS_OLD,
             HAS_REF,
         )
-        loss = loss * weight
-        dlogp = (by_logp + by_ratio) * weight
     term_ptr = terms_ptr + n
     tl.store(term_ptr, loss)
     term_ptr += stride_terms

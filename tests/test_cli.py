@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -38,16 +39,8 @@ def test_every_config_field_is_an_option():
 
 def test_values_and_flags():
     script, config = parse(
-        [
-            "--learning-rate",
-            "1e-5",
-            "--bf16",
-            "--no-shuffle-dataset",
-            "--reward-weights",
-            "1",
-            "0.5",
-        ]
-        + ["--liger_kernel_config", '{"rope": true}', "--epsilon-high=0.3"]
+        ["--learning-rate", "1e-5", "--bf16", "--no-shuffle-dataset", "--epsilon-high=0.3"]
+        + ["--reward-weights", "1", "0.5", "--liger_kernel_config", '{"rope": true}']
     )
     assert script.demo and script == ScriptArguments()
     assert config == {
@@ -61,6 +54,7 @@ def test_values_and_flags():
     script, config = parse([*TRAIN, "--reward", "c", "d", "--dataset-kwargs", '{"size": 3}'])
     assert script.reward == ["a:b", "c", "d"] and script.dataset_kwargs == {"size": 3}
     assert config == {} and not script.demo
+    assert parse(["--resume-from-checkpoint", "latest"])[1] == {"resume_from_checkpoint": True}
 
 
 @pytest.mark.parametrize(
@@ -212,13 +206,26 @@ def test_split_column_chat_and_held_out_rows(files):
 
 
 def test_bad_data(files):
-    (files / "empty.jsonl").write_text("")
+    for name in ("empty.jsonl", "empty.json", "empty.csv", "empty.parquet"):
+        (files / name).write_text("")
+    (files / "blank.jsonl").write_text("\n\n")
+    (files / "header.csv").write_text("prompt,answer\n")
+    (files / "noise.parquet").write_text("noise")
     (files / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     rows = files / "rows.jsonl"
     for arguments, message in (
         (script(files / "none.jsonl"), "no file"),
-        (script(files / "empty.jsonl"), "empty.jsonl"),
-        (script(files / "broken.jsonl"), "broken.jsonl' cannot be read"),
+        (script(files / "empty.jsonl"), "empty.jsonl': expected rows"),
+        (script(files / "empty.json"), "empty.json': expected rows"),
+        (script(files / "empty.csv"), "empty.csv': expected rows"),
+        (script(files / "empty.parquet"), "empty.parquet': expected rows"),
+        (script(files / "blank.jsonl"), "blank.jsonl' cannot be loaded: .* no data"),
+        (script(files / "header.csv"), "header.csv' cannot be loaded: .* no data"),
+        (script(files / "noise.parquet"), "noise.parquet' cannot be loaded"),
+        (script(rows, dataset_split="test"), 'rows.jsonl\' cannot be loaded: .*"test"'),
+        (script(rows, dataset_kwargs={"no_such": 1}), "cannot be loaded: .*no_such"),
+        (script("hub/none"), "hub/none' cannot be loaded"),
+        (script(files / "broken.jsonl"), "broken.jsonl' cannot be loaded"),
         (script(rows, prompt_column="quest"), "no column 'quest', only prompt, question, answer"),
         (script(rows, prompt_column="question"), "expected no column 'prompt' beside 'question'"),
         (script(rows, eval_size=5), "eval_size: expected fewer than the 5 rows"),
@@ -263,7 +270,7 @@ def tiny_model(tmp_path_factory):
 
 SMALL = ["--per-device-train-batch-size", "4", "--num-generations", "4", "--use-cpu"]
 SMALL += ["--max-completion-length", "4", "--max-steps", "2", "--logging-steps", "1"]
-SMALL += ["--learning-rate", "1e-2", "--disable-tqdm", "true"]
+SMALL += ["--learning-rate", "1e-2"]
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora-r", "2"]], ids=["full", "lora"])
@@ -277,7 +284,8 @@ def test_train_from_files(tiny_model, tmp_path, monkeypatch, capsys, lora):
     (tmp_path / "rows.jsonl").write_text(rows)
     (tmp_path / "local_rewards.py").write_text(
         "def share(completions, target):\n"
-        "    return [text.split().count(t) / 4 for text, t in zip(completions, target)]\n"
+        "    same = [text.split().count(t) for text, t in zip(completions, target)]\n"
+        "    return [n + text.count('1') for n, text in zip(same, completions)]\n"
     )
     (tmp_path / "run.yaml").write_text("dataset: rows.jsonl\nreward: local_rewards:share\n")
     argv = ["train", "--config", "run.yaml", "--model", tiny_model, "--output-dir", "out"]
@@ -301,7 +309,7 @@ def test_demo(tiny_model, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "seed 5" in out and out.count("held-out questions right (greedy)") == 3
     assert out.count("  before: ") == out.count("  after:  ") == demo.SHOWN
-    assert "mean reward of the first" in out
+    assert "step 2 of 2: reward " in out and "mean reward of the first" in out
     for name in ("metrics.jsonl", "curves.png", "completions"):
         assert str(tmp_path / name) in out and (tmp_path / name).exists()
 
@@ -309,8 +317,12 @@ def test_demo(tiny_model, tmp_path, monkeypatch, capsys):
 def test_demo_questions_are_held_out():
     pytest.importorskip("reasoning_gym")
     train, held_out = demo.questions(3)
-    assert (len(train), len(held_out)) == (demo.TRAIN_ROWS, demo.HELD_OUT)
-    assert not set(train["prompt"][:]) & set(held_out["prompt"][:])
+    assert len(held_out) == demo.HELD_OUT and demo.TRAIN_ROWS * 0.9 < len(train) < demo.TRAIN_ROWS
+
+    def terms(rows):
+        return {frozenset(re.findall(r"\d+", prompt)) for prompt in rows["prompt"]}
+
+    assert not terms(train) & terms(held_out)
     assert (
         train["prompt"][:9]
         == demo.questions(3)[0]["prompt"][:9]

@@ -199,6 +199,35 @@ def test_goes_through_wrappers_with_gradients():
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.fixture
+def one_process():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp with its own group for the head"])
+def test_goes_through_ddp_and_fsdp(kind, one_process):
+    plain, model = tiny(), tiny()
+    truth(plain).sum().backward()
+    attach(model)
+    if kind == "ddp":
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    else:
+        fsdp = pytest.importorskip("torch.distributed.fsdp")
+        parts = [*model.model.layers, *([model.lm_head] if "head" in kind else []), model]
+        wrapped = [fsdp.fully_shard(part) for part in parts][-1]
+    for _ in range(2):
+        wrapped.zero_grad()
+        got = wrapped(input_ids=TOKENS, head_fn=score)
+        got.sum().backward()
+    torch.testing.assert_close(got, truth(plain))
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        gradient = getattr(ours.grad, "full_tensor", lambda g=ours.grad: g)()
+        torch.testing.assert_close(gradient, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
 def test_goes_through_peft_and_sees_the_adapter():
     base = truth(tiny())
     model = lora(tiny())

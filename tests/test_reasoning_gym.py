@@ -39,6 +39,8 @@ def test_reasoning_gym_reward_agrees_with_the_task():
         expected = [source.score_answer(text.strip(), entry) for text, entry in pairs]
         assert rewards.names == [task] and expected[0] == expected[1] == 1.0
         torch.testing.assert_close(scored, torch.tensor(expected))
+        direct = reasoning_gym_reward(task)(prompts=["?"] * 6, completions=texts, **columns)
+        assert direct == expected
         chats = [[{"role": "assistant", "content": text}] for text in texts]
         assert torch.equal(rewards.score(["?"] * 6, chats, [[1]] * 6, columns)[:, 0], scored)
 

@@ -4,6 +4,7 @@ name."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -168,6 +169,9 @@ def test_learning_rate_and_length_of_the_run_may_change(finished, tmp_path):
 
 
 def test_a_save_that_is_interrupted_leaves_no_marker_and_older_ones_stay(tmp_path, monkeypatch):
+    # an older run left a complete checkpoint under the name of the one that will be interrupted
+    build(tmp_path, max_steps=2, **SAVING).train()
+    assert checkpoint.problem(tmp_path / "checkpoint-2") is None
     run = build(tmp_path, save_total_limit=1, max_steps=3, **SAVING)
     real = checkpoint.seal
 
@@ -186,6 +190,31 @@ def test_a_save_that_is_interrupted_leaves_no_marker_and_older_ones_stay(tmp_pat
     again.train(True)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3"]
     assert checkpoint.problem(tmp_path / "checkpoint-3") is None
+
+
+def test_old_checkpoints_go_but_never_the_new_or_the_best_one(tmp_path):
+    for age, step in enumerate((9, 1, 2, 3, 4)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if step != 3:
+            checkpoint.seal(folder, {})
+        os.utime(folder, (age, age))
+    (tmp_path / "checkpoint-x").mkdir()
+
+    def left():
+        return sorted(p.name[11:] for p in tmp_path.iterdir())
+
+    current, best = tmp_path / "checkpoint-4", str(tmp_path / "checkpoint-1")
+    checkpoint.rotate(current, None, best)
+    assert left() == ["1", "2", "3", "4", "9", "x"]
+    checkpoint.rotate(current, 4, best)
+    assert left() == ["1", "2", "4", "9", "x"]
+    checkpoint.rotate(current, 3, best)
+    assert left() == ["1", "2", "4", "x"]
+    checkpoint.rotate(current, 1, best)
+    assert left() == ["1", "4", "x"]
+    checkpoint.rotate(current, 1, None)
+    assert left() == ["4", "x"]
 
 
 def test_the_marker_lists_every_file_with_its_size(finished):

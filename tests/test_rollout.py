@@ -154,7 +154,7 @@ def test_repetition_penalty_does_not_depend_on_padding():
     expected = alone(model, short, repetition_penalty=30.0)
     assert expected != alone(model, short)
     long = [16, 17, 18, 19, 20, 21, 22, 23]
-    # Were the padding of the short prompt penalised, this token would lose its first place.
+    # Were padding penalised (transformers 5.5 does), this token would lose its first place.
     got = run(model, [short, long], config=config, pad_id=expected[0], eos=set())
     assert got.completion_ids[:3] == [expected] * 3
 
@@ -199,6 +199,7 @@ def test_bad_prompts(prompts, message):
         ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences=1 .* got 2"),
         ({"stop_strings": "x"}, "stop_strings"),
         ({"max_time": 1.0}, "max_time"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size .* got 2"),
     ],
 )
 def test_unsupported_settings(settings, message):

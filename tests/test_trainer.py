@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 
 import pytest
@@ -20,6 +21,8 @@ from tiny_trainer import (
 )
 
 from grpo_fast import GRPOTrainer
+from grpo_fast.heads import evaluating
+from grpo_fast.packing import PackedBatch, completion_logprobs
 from grpo_fast.sampler import WindowSampler
 
 
@@ -107,6 +110,19 @@ def test_disable_dropout_reaches_attention_too(tmp_path):
     noisy = first_gradients(tmp_path, policy=model(attention_dropout=0.3))
     quiet = first_gradients(tmp_path, policy=model(attention_dropout=0.3), disable_dropout=True)
     assert relative(noisy, plain) > 1e-2 and relative(quiet, plain) == 0
+
+
+def test_old_and_reference_logprobs_are_without_dropout(tmp_path):
+    policy = model(attention_dropout=0.5)
+    settings = {"num_iterations": 2, "beta": 0.1, "learning_rate": 0.0, "max_steps": 3}
+    run = trainer(tmp_path, policy=policy, reward=spread_reward, **settings)
+    run.train()
+    assert run.model.training
+    micro = run.window[0]
+    packed = PackedBatch(**{f.name: micro[f.name] for f in dataclasses.fields(PackedBatch)})
+    with evaluating(run.model), torch.no_grad():
+        expected = completion_logprobs(run.model, packed, 1.0)
+    assert torch.equal(micro["old_logp"], expected) and torch.equal(micro["ref_logp"], expected)
 
 
 def test_messages_go_through_the_template_and_come_back_as_messages(tmp_path):

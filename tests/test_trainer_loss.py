@@ -137,13 +137,14 @@ def test_the_split_into_micro_batches_changes_nothing_but_bnpo(loss_type, tmp_pa
         assert gap < 1e-5 if loss_type != "bnpo" else gap > 1e-3, (size, accumulation)
 
 
-def test_the_last_step_of_an_epoch_counts_the_micro_batches_it_has(tmp_path):
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo"])
+def test_the_last_step_of_an_epoch_counts_the_micro_batches_it_has(loss_type, tmp_path):
     """3 prompts, one for each micro-batch, accumulation 2: the second step has a single one."""
     run = trainer(
         tmp_path,
         cls=Recording,
         reward=spread_reward,
-        loss_type="grpo",
+        loss_type=loss_type,
         train_dataset=dataset(3),
         steps_per_generation=1,
         gradient_accumulation_steps=2,
@@ -155,10 +156,11 @@ def test_the_last_step_of_an_epoch_counts_the_micro_batches_it_has(tmp_path):
     assert [len(step["losses"]) for step in run.steps] == [2, 1] and len(run.windows) == 3
     rollouts, advantages, weights = run.windows[2]
     policy = double(weights)
-    total = 0.0
+    total, tokens = 0.0, sum(len(ids) for ids in rollouts.completion_ids)
     for i, ids in enumerate(rollouts.completion_ids):
         logp = logprobs(policy, rollouts.prompt_ids[i], ids, 0.8)
-        total = total - (logp - logp.detach()).exp().mean() * advantages[i].double() / 4
+        divisor = 4 * len(ids) if loss_type == "grpo" else tokens
+        total = total - (logp - logp.detach()).exp().sum() * advantages[i].double() / divisor
     total.backward()
     reference = {name: p.grad for name, p in policy.named_parameters()}
     assert relative(run.steps[1]["gradients"], reference) < 5e-5

@@ -84,13 +84,16 @@ def reasoning_gym_reward(task: str, **config: Any) -> Callable[..., list[float |
     scorer = _create(task, **config)
 
     def score(
-        completions: list[Any], entry: list[str], log_metric: Callable[[str, float], None]
+        completions: list[Any],
+        entry: list[str],
+        log_metric: Callable[[str, float], None] | None = None,
+        **kwargs: Any,
     ) -> list[float | None]:
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]
         pairs = zip(texts, entry, strict=True)
         scores = [_score(scorer, task, text.strip(), row) for text, row in pairs]
         unscorable = sum(value is None for value in scores)
-        if unscorable:
+        if unscorable and log_metric is not None:
             log_metric(f"{task}/unscorable", unscorable / len(scores))
         return scores
 
