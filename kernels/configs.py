@@ -1,6 +1,6 @@
 """Launch table of the row kernels. Fixed, so that a user's first call never tunes; dated rows.
 
-A row of V logits is read in tiles of BLOCK_V by num_warps warps: at most 8 logits per thread and tile.
+A row of V logits is read in tiles of BLOCK_V by num_warps warps, at most 8 logits per thread.
 """
 
 from typing import NamedTuple

@@ -31,9 +31,8 @@ def variants_table() -> str:
         scope = "accumulation window, all ranks" if preset.window else "micro-batch"
         unit = UNITS[preset.weights]
         scheme = preset.weights.replace("_", " ")
-        lines.append(
-            f"| `{name}` | {preset.objective} | {scheme} | {unit} of the {scope} | {preset.source} |"
-        )
+        cells = (f"`{name}`", preset.objective, scheme, f"{unit} of the {scope}", preset.source)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
