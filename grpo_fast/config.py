@@ -124,8 +124,8 @@ class LossConfig:
         self._check_length()
         if self.loss_type == "cispo" and self.epsilon_high is None:
             warnings.warn(
-                f"loss_type='cispo' without epsilon_high bounds the ratio at {self.epsilon}, epsilon "
-                "(TRL's rule), which scales every on-policy gradient by that number; set "
+                f"loss_type='cispo' without epsilon_high bounds the ratio at epsilon {self.epsilon} "
+                "(as in TRL), which scales every on-policy gradient by that number; set "
                 "epsilon_high, e.g. 5.0.",
                 stacklevel=3,
             )
