@@ -42,7 +42,7 @@ _EXPRESSION = re.compile(r"(\d+) \+ (\d+)")
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/demo",
     "seed": 0,
-    "max_steps": 48,
+    "max_steps": 40,
     "logging_steps": 4,
     # 3e-5 forgets how to stop: EOS after the answer falls to 0 and the reward with it
     "learning_rate": 1e-5,
@@ -137,24 +137,10 @@ def questions(seed: int) -> tuple[Dataset, Dataset]:
 
 
 def ask(entry: dict[str, Any]) -> str:
-    """The answer of the assistant begun with the expression, 10 tokens.
-
-    The user's turn only repeats it: without, sampled answers are as good and a step costs half.
-    """
-    expression = _EXPRESSION.search(entry["question"]).group()
-    return f"<|im_start|>assistant\n{expression} ="
-
-
-class Progress(ProgressCallback):
-    """The progress bar, with one short line for each log: metrics.jsonl has them all."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Print reward, length and entropy."""
-        if self.training_bar is not None and "reward" in logs:
-            self.training_bar.write(
-                f"step {state.global_step} of {state.max_steps}: reward {logs['reward']:.3f}, "
-                f"{logs['completions/mean_length']:.1f} tokens, entropy {logs['entropy']:.2f} nats"
-            )
+    """The question in the model's chat format, its answer begun with the expression: 23 tokens."""
+    question = entry["question"]
+    begun = f"<|im_start|>assistant\n{_EXPRESSION.search(question).group()} ="
+    return f"<|im_start|>user\n{question}<|im_end|>\n{begun}"
 
 
 class Probe:

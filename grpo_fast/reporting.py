@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import ProgressCallback, TrainerCallback
 
 # the loss's means over tokens, its counts, and extrema as the largest value of sign * metric
 MEANS = ("kl", "entropy", "clip_low", "clip_high", "clip_ratio", "ratio_mean")
@@ -300,6 +300,31 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return math.inf  # a line torn by a kill: written again
+
+
+# what one line in the terminal shows of a log; metrics.jsonl and the loggers get all of it
+HEADLINE = (
+    "loss",
+    "reward",
+    "eval_reward",
+    "kl",
+    "entropy",
+    "completions/mean_length",
+    "grad_norm",
+    "step_time",
+)
+
+
+class Progress(ProgressCallback):
+    """Transformers' progress bar, with one short line for each log instead of the whole dict."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Write the headline metrics above the bar."""
+        if self.training_bar is None or not logs:
+            return
+        shown = [f"{name} {logs[name]:.4g}" for name in HEADLINE if name in logs]
+        if shown:
+            self.training_bar.write(f"step {state.global_step}: " + ", ".join(shown))
 
 
 CURVES = (

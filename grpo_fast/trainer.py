@@ -9,14 +9,27 @@ from typing import Any
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    TrainerCallback,
+)
 
 from .advantages import group_advantages
 from .heads import evaluating
 from .loss import linear_policy_loss
 from .models import ReferencePolicy, attach
 from .packing import PackedBatch, check_packing, completion_logprobs, default_row_length, pack
-from .reporting import CompletionLog, Curves, Metrics, MetricsFile, add_rollouts, loss_metrics
+from .reporting import (
+    CompletionLog,
+    Curves,
+    Metrics,
+    MetricsFile,
+    Progress,
+    add_rollouts,
+    loss_metrics,
+)
 from .rewards import RewardSet, weighted
 from .rollout import Rollouts, generate
 from .sampler import check_prompts, column_names, is_conversational
@@ -101,6 +114,10 @@ class GRPOTrainer(RolloutTrainer):
         self.model_accepts_loss_kwargs = True
         self.accelerator.gradient_accumulation_steps = 1
         self.add_callback(StepCallback(self))
+        # not in a notebook, whose callback draws a table of its own
+        if any(type(c) is ProgressCallback for c in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(Progress)
         self._prepare_policy()
         # ranks that start from one seed would sample alike
         set_seed(args.seed, device_specific=True)

@@ -247,3 +247,10 @@ def test_a_resumed_run_continues_its_lines(tmp_path):
     trainer(tmp_path, **settings).train(str(tmp_path / "checkpoint-2"))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 4]
+
+
+def test_progress_shows_one_short_line(tmp_path, capfd):
+    trainer(tmp_path, max_steps=2, logging_steps=1, disable_tqdm=False).train()
+    out, err = capfd.readouterr()
+    lines = [line for line in (out + err).splitlines() if line.startswith("step 2: ")]
+    assert len(lines) == 1 and "reward " in lines[0] and "clip_ratio" not in out + err

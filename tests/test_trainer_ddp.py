@@ -1,4 +1,4 @@
-"""Two processes against one: the same gradients, metrics and stopped-anywhere resume."""
+"""Two processes against one: the same weights, metrics and resume."""
 
 from __future__ import annotations
 
@@ -74,21 +74,22 @@ run.save_model(folder + "/final")
 def start(folder, processes, size, sampled="canned", resume="-"):
     program = folder.parent / "program.py"
     program.write_text(PROGRAM)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    launch = [sys.executable]
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     arguments = [str(program), str(folder), str(size), sampled, str(resume)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    alone = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*launch, *arguments], env=environment, capture_output=True, text=True, timeout=240
+        [*launch, *arguments],
+        env={**os.environ, **alone},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return load_file(folder / "final" / "model.safetensors")
