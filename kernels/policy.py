@@ -69,6 +69,22 @@ def evaluate_token(
 
 
 @triton.jit
+def store_terms(ptr, stride, loss, logp, entropy, ratio, kl, dlogp):
+    """Column of the (6, N) terms."""
+    tl.store(ptr, loss)
+    ptr += stride
+    tl.store(ptr, logp)
+    ptr += stride
+    tl.store(ptr, entropy)
+    ptr += stride
+    tl.store(ptr, ratio)
+    ptr += stride
+    tl.store(ptr, kl)
+    ptr += stride
+    tl.store(ptr, dlogp)
+
+
+@triton.jit
 def policy_kernel(
     logits_ptr,
     ids_ptr,
@@ -138,18 +154,7 @@ def policy_kernel(
             HAS_OLD,
             HAS_REF,
         )
-    term_ptr = terms_ptr + n
-    tl.store(term_ptr, loss)
-    term_ptr += stride_terms
-    tl.store(term_ptr, logp)
-    term_ptr += stride_terms
-    tl.store(term_ptr, entropy)
-    term_ptr += stride_terms
-    tl.store(term_ptr, ratio)
-    term_ptr += stride_terms
-    tl.store(term_ptr, kl)
-    term_ptr += stride_terms
-    tl.store(term_ptr, dlogp)
+    store_terms(terms_ptr + n, stride_terms, loss, logp, entropy, ratio, kl, dlogp)
     if WRITE_GRADIENT:
         grad_ptr = row_pointer(out_ptr, n, T, stride_out_b, stride_out_t)
         # clipped, zero-advantage and masked rows: their logits are not read a second time
