@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, ProgressCallback
+from transformers import GenerationConfig
 
 from .reporting import plain
 from .rewards import reasoning_gym_dataset, reasoning_gym_reward
@@ -82,9 +82,6 @@ def run(config: dict[str, Any]) -> None:
         args=args,
         train_dataset=train,
     )
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress())
     before = Probe(trainer, held_out)
     print(f"\nbefore training: {before.summary()}")
     for row in range(SHOWN):
