@@ -124,7 +124,7 @@ class LossConfig:
         self._check_length()
         if self.loss_type == "cispo" and self.epsilon_high is None:
             warnings.warn(
-                f"loss_type='cispo' without epsilon_high bounds the ratio at epsilon {self.epsilon} "
+                f"loss_type='cispo' without epsilon_high bounds the ratio at {self.epsilon} "
                 "(as in TRL), which scales every on-policy gradient by that number; set "
                 "epsilon_high, e.g. 5.0.",
                 stacklevel=3,

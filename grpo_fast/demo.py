@@ -43,7 +43,8 @@ DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/demo",
     "seed": 0,
     "max_steps": 40,
-    "logging_steps": 4,
+    # a quarter of the steps is two logs
+    "logging_steps": 5,
     # 3e-5 forgets how to stop: EOS after the answer falls to 0 and the reward with it
     "learning_rate": 1e-5,
     "lr_scheduler_type": "linear",
