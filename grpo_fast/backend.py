@@ -35,8 +35,8 @@ def _choose(device: torch.device) -> tuple[str, str]:
         return "torch", f"Triton has no {device.type} code generator"
     if asked == "auto" and device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
-        if capability < (7, 0):
-            return "torch", f"Triton needs compute capability 7.0, {device} has {capability}"
+        if capability < (8, 0):
+            return "torch", f"the kernels need compute capability 8.0, {device} has {capability}"
     if not has_triton:
         raise RuntimeError(
             f"tensors on {device} use the Triton kernels, but triton is not installed: pip install "

@@ -67,7 +67,10 @@ def prepare(
     ref_logp: Tensor | None,
     denominator: Tensor | float | int | None,
 ) -> Batch:
-    """Check everything beside the head or the logits, with one host sync, and flatten it."""
+    """Check everything beside the head or the logits, and flatten it.
+
+    Waits for the device once, and once more for boundaries that are not on the host.
+    """
     if not isinstance(config, LossConfig):
         inputs.fail("config", "a LossConfig", inputs.describe(config))
     inputs.check_cu_seqlens(cu_seqlens, shape, device)
@@ -117,6 +120,10 @@ def _advantages(
     if not advantages.is_contiguous():
         strides = f"strides {advantages.stride()}"
         inputs.fail("advantages", "a contiguous tensor (call .contiguous())", strides)
+    packed = len(shape) == 1 and cu_seqlens is not None
+    if packed and cu_seqlens.numel() - 1 == shape[0] and (cu_seqlens.diff() != 1).any():
+        expected = "(N,) or (S,), which are one here: make every sequence one token or none empty"
+        inputs.fail("advantages", expected, f"S = N = {shape[0]} with an empty sequence")
     flat = advantages.detach()
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     if tuple(advantages.shape) == shape:
@@ -127,10 +134,14 @@ def _advantages(
 
 
 def _check_denominator(denominator: Tensor | float | int | None) -> None:
+    expected = "None or a finite number > 0"
     if isinstance(denominator, Tensor):
-        if denominator.numel() != 1:
-            inputs.fail("denominator", "one number", inputs.describe(denominator))
-    elif denominator is not None:
-        number = isinstance(denominator, (int, float)) and not isinstance(denominator, bool)
-        if not number or not (0 < denominator < float("inf")):
-            inputs.fail("denominator", "None or a finite number > 0", repr(denominator))
+        if denominator.numel() != 1 or denominator.dtype == torch.bool or denominator.is_complex():
+            inputs.fail("denominator", "one real number", inputs.describe(denominator))
+        # 0 is the count of a window that is masked whole; a value on a GPU is not worth a wait
+        if denominator.device.type == "cpu" and not 0 <= denominator.item() < float("inf"):
+            inputs.fail("denominator", expected, denominator.item())
+    elif denominator is not None and not (
+        inputs.is_number(denominator) and 0 < denominator < float("inf")
+    ):
+        inputs.fail("denominator", expected, repr(denominator))

@@ -192,13 +192,13 @@ class HeadGradients:
         return self.dhidden, self.dweight, self.dbias
 
 
-def fp16_scale(head: LinearHead, upstream: Tensor) -> Tensor | None:
+def fp16_scale(dtype: torch.dtype | None, upstream: Tensor) -> Tensor | None:
     """Power of two that lifts the largest |upstream| near 1, for fp16 dlogits; None for other
     types.
 
     A token's gradient is near 1 / tokens: times a probability it falls below fp16's 6e-8.
     """
-    if head.narrow != torch.float16:
+    if dtype != torch.float16 or upstream.numel() == 0:
         return None
     peak = upstream.abs().amax()
     usable = torch.isfinite(peak) & (peak > 0)

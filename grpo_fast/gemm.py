@@ -24,7 +24,9 @@ def _slices(weight: Tensor) -> Iterator[slice]:
 
 def _mixed(a: Tensor, b: Tensor, out: Tensor) -> bool:
     """True when the GEMM itself can take these operands to this output."""
-    return a.is_cuda and a.dtype == b.dtype and a.dtype != out.dtype
+    # ROCm builds below torch 2.10 refuse out_dtype for bf16 operands
+    cuda = a.is_cuda and torch.version.hip is None
+    return cuda and a.dtype == b.dtype and a.dtype != out.dtype
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -49,18 +49,29 @@ def check_head(
     check_transform(softcap, logit_scale)
 
 
+def is_number(value: object) -> bool:
+    """An int or float, not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_transform(softcap: float | None, logit_scale: float) -> None:
     """softcap None or > 0, logit_scale finite and not 0."""
-    if softcap is not None and not (0 < softcap < float("inf")):
-        fail("softcap", "None or a finite number > 0", softcap)
-    if not (0 < abs(logit_scale) < float("inf")):
-        fail("logit_scale", "a finite number other than 0", logit_scale)
+    if softcap is not None and not (is_number(softcap) and 0 < softcap < float("inf")):
+        fail("softcap", "None or a finite number > 0", repr(softcap))
+    if not (is_number(logit_scale) and 0 < abs(logit_scale) < float("inf")):
+        fail("logit_scale", "a finite number other than 0", repr(logit_scale))
+
+
+def check_precision(name: str, value: Tensor, backend: str) -> None:
+    """The kernels compute in fp32, so float64 is for the torch backend."""
+    if backend == "triton" and value.dtype == torch.float64:
+        expected = "fp32, fp16 or bf16 on the Triton backend (GRPO_FAST_BACKEND=torch takes fp64)"
+        fail(name, expected, value.dtype)
 
 
 def check_temperature(temperature: float) -> None:
     """A finite number above 0."""
-    number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-    if not number or not (0 < temperature < float("inf")):
+    if not is_number(temperature) or not (0 < temperature < float("inf")):
         fail("temperature", "a finite number > 0", repr(temperature))
 
 
@@ -129,7 +140,7 @@ def flatten(
     order = torch.argsort(rank, stable=True)
     if ids.numel() == 0:
         return Rows(ids, flat, order, 0, 0)
-    # the one transfer to the host of a call
+    # one transfer to the host for the whole call
     facts = torch.stack((useful.sum(), flat.sum(), ids.min(), ids.max())).tolist()
     if facts[2] < 0 or facts[3] >= V:
         fail("ids", f"token ids in [0, {V})", f"values from {facts[2]} to {facts[3]}")

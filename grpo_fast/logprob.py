@@ -60,7 +60,7 @@ def head_gradients(
     n = index.numel()
     index = None if n == ids.numel() else index
     listed = [g if index is None or g is None else g[index] for g in (*upstream, ids)]
-    scale = fp16_scale(head, size) if n else None
+    scale = fp16_scale(head.narrow, size)
     if scale is not None:
         listed[:3] = [None if g is None else g * scale for g in listed[:3]]
     dlogp, dlse, dentropy, rows = listed
@@ -92,7 +92,8 @@ class _LinearLogProb(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, ids, stats)
         ctx.options, ctx.mask = options, rows.mask
         ctx.set_materialize_grads(False)
-        return stats[0], stats[1], stats[2] + stats[3]
+        # copies: the saved statistics must not change with what the caller does to its results
+        return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
     @once_differentiable
@@ -160,10 +161,12 @@ def linear_logprob(
     """
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
     inputs.check_temperature(temperature)
+    backend = select(hidden.device)
+    inputs.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
     rows = inputs.flatten(ids, mask, weight.shape[0], shape, hidden.device)
     options = {
-        "backend": select(hidden.device),
+        "backend": backend,
         "workspace_bytes": workspace_bytes,
         "softcap": softcap,
         "logit_scale": float(logit_scale),
@@ -185,7 +188,8 @@ class _LogProb(torch.autograd.Function):
         ctx.save_for_backward(logits, ids, active, stats)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return stats[0], stats[1], stats[2] + stats[3]
+        # copies: the saved statistics must not change with what the caller does to its results
+        return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
     @once_differentiable
@@ -238,6 +242,7 @@ def logprob(
     """
     inputs.check_logits(logits)
     inputs.check_temperature(temperature)
+    inputs.check_precision("logits", logits, select(logits.device).name)
     shape = tuple(logits.shape[:-1])
     rows = inputs.flatten(ids, mask, logits.shape[-1], shape, logits.device)
     cube = logits if logits.dim() == 3 else logits[None]

@@ -80,10 +80,7 @@ def _linear_one_pass(head: LinearHead, batch: Batch, needs: tuple[bool, bool, bo
     # (4, n) terms plus dlogp and ratio; see kernels/policy.py
     terms = torch.empty(6, rows.n_unmasked, dtype=head.dtype, device=ids.device)
     n_gradient = rows.n_gradient if any(needs) else 0
-    scale = fp16_scale(head, fields["weights"]) if n_gradient else None
-    if scale is not None:
-        fields["weights"] = fields["weights"] * scale
-    grads = HeadGradients(head, needs, scale)
+    grads = HeadGradients(head, needs)
     choice = objective_arguments(batch.config)
 
     def visit(listed: Tensor | None, start: int, stop: int, backward: bool) -> None:
@@ -108,9 +105,6 @@ def _linear_one_pass(head: LinearHead, batch: Batch, needs: tuple[bool, bool, bo
 
     visit(None if index is None else index[:n_gradient], 0, n_gradient, True)
     visit(None if index is None else index[n_gradient:], n_gradient, rows.n_unmasked, False)
-    if scale is not None:
-        terms[0] /= scale
-        terms[5] /= scale
     return _one_pass_terms(terms, batch, index, None), grads.finish()
 
 
@@ -118,8 +112,8 @@ class _Attach(torch.autograd.Function):
     """Give a finished loss its gradients: backward only multiplies by the upstream scalar."""
 
     @staticmethod
-    def forward(ctx, loss, gradients, *tensors):
-        ctx.gradients = list(gradients)
+    def forward(ctx, loss, gradients, scale, *tensors):
+        ctx.gradients, ctx.scale = list(gradients), scale
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         return loss.clone()
 
@@ -132,13 +126,26 @@ class _Attach(torch.autograd.Function):
                 "backward; call the loss again for a second one (retain_graph cannot help)."
             )
         gradients, ctx.gradients = ctx.gradients, None
+        factor = upstream if ctx.scale is None else upstream / ctx.scale
         out = []
         while gradients:
             grad = gradients.pop(0)
             dtype = ctx.dtypes[-1 - len(gradients)]
-            # in place: the buffer is ours, and a copy of dweight would double the peak
-            out.append(None if grad is None else grad.mul_(upstream.to(grad.dtype)).to(dtype))
-        return (None, None, *out)
+            out.append(None if grad is None else _scaled(grad, factor).to(dtype))
+        return (None, None, None, *out)
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor in place: the buffer is ours, and a copy of dweight would double the peak.
+
+    Half precision goes through fp32, 256 rows at a time: a loss scale of 65536 is inf in fp16.
+    """
+    if grad.dtype.itemsize >= 4:
+        return grad.mul_(factor.to(grad.dtype))
+    for plane in grad if grad.dim() == 3 else grad[None]:
+        for rows in plane.split(256):
+            rows.copy_(rows.float().mul_(factor))
+    return grad
 
 
 def linear_policy_loss(
@@ -195,6 +202,8 @@ def linear_policy_loss(
     """
     config = LossConfig() if config is None else config
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
+    backend = select(hidden.device)
+    inputs.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
     batch = prepare(
         shape,
@@ -216,14 +225,15 @@ def linear_policy_loss(
     with torch.no_grad(), no_autocast(hidden.device):
         head = LinearHead(
             *tensors,
-            select(hidden.device),
+            backend,
             workspace_bytes,
             softcap,
             float(logit_scale),
             float(config.temperature),
             autocast_dtype(hidden),
         )
-        if config.importance_sampling_level == "token":
+        # fp16 dlogits need a scale that fits the largest derivative, which one pass does not know
+        if config.importance_sampling_level == "token" and head.narrow != torch.float16:
             terms, gradients = _linear_one_pass(head, batch, needs)
         else:
             rows = batch.rows
@@ -235,7 +245,7 @@ def linear_policy_loss(
         loss, metrics = summarize(
             terms, batch.rows.n_unmasked, batch.ref_logp is not None, config.ratio_bounds
         )
-    return (_Attach.apply(loss, gradients, *tensors) if any(needs) else loss), metrics
+    return (_Attach.apply(loss, gradients, None, *tensors) if any(needs) else loss), metrics
 
 
 def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, inv_temperature):
@@ -245,9 +255,13 @@ def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, 
     options = {"inv_temperature": inv_temperature}
     backend.logprob_fwd(cube, ids, stats, active=active, **options)
     terms = _two_pass_terms(batch, stats)
+    scale = None
     if out is not None:
-        backend.logprob_bwd(cube, ids, stats, terms.dlogp, out, active=terms.dlogp != 0, **options)
-    return terms
+        dlogp = terms.dlogp
+        scale = fp16_scale(cube.dtype, dlogp)
+        upstream = dlogp if scale is None else dlogp * scale
+        backend.logprob_bwd(cube, ids, stats, upstream, out, active=dlogp != 0, **options)
+    return terms, scale
 
 
 def _logits_one_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, inv_temperature):
@@ -268,7 +282,20 @@ def _logits_one_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, 
         inv_temperature=inv_temperature,
         **objective_arguments(batch.config),
     )
-    return _one_pass_terms(terms, batch, None, batch.rows.mask)
+    return _one_pass_terms(terms, batch, None, batch.rows.mask), None
+
+
+def _check_inplace(logits: Tensor) -> None:
+    """A gradient may be written over logits that are no leaf and whose rows do not overlap."""
+    if logits.is_leaf:
+        inputs.fail("logits", "a non-leaf tensor with inplace=True", "a leaf that requires grad")
+    reach = logits.shape[-1]
+    pairs = zip(logits.stride()[:-1], logits.shape[:-1], strict=True)
+    for stride, n in sorted(pair for pair in pairs if pair[1] > 1):
+        if stride < reach:
+            got = f"strides {logits.stride()}"
+            inputs.fail("logits", "rows that do not overlap with inplace=True", got)
+        reach += stride * (n - 1)
 
 
 def policy_loss(
@@ -305,6 +332,11 @@ def policy_loss(
     """
     config = LossConfig() if config is None else config
     inputs.check_logits(logits)
+    backend = select(logits.device)
+    inputs.check_precision("logits", logits, backend.name)
+    needed = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and needed:
+        _check_inplace(logits)
     shape = tuple(logits.shape[:-1])
     batch = prepare(
         shape,
@@ -319,7 +351,6 @@ def policy_loss(
         ref_logp=ref_logp,
         denominator=denominator,
     )
-    needed = torch.is_grad_enabled() and logits.requires_grad
     with torch.no_grad():
         cube = logits.detach() if logits.dim() == 3 else logits.detach()[None]
         out = None
@@ -327,10 +358,9 @@ def policy_loss(
             out = cube if inplace else torch.empty_like(cube, memory_format=torch.contiguous_format)
         active = None if mask is None else batch.rows.mask
         level = config.importance_sampling_level
-        route = _logits_one_pass if level == "token" else _logits_two_pass
-        terms = route(
-            select(logits.device), cube, batch, active, out, 1.0 / float(config.temperature)
-        )
+        one_pass = level == "token" and logits.dtype != torch.float16
+        route = _logits_one_pass if one_pass else _logits_two_pass
+        terms, scale = route(backend, cube, batch, active, out, 1.0 / float(config.temperature))
         if needed and inplace:
             torch.autograd.graph.increment_version(logits)
         loss, metrics = summarize(
@@ -338,4 +368,4 @@ def policy_loss(
         )
     if not needed:
         return loss, metrics
-    return _Attach.apply(loss, (out.view(logits.shape),), logits), metrics
+    return _Attach.apply(loss, (out.view(logits.shape),), scale, logits), metrics

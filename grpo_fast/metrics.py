@@ -42,7 +42,7 @@ def summarize(
     """
     total = terms.loss.sum()
     device, dtype = total.device, total.dtype
-    n = torch.tensor(float(max(n_tokens, 1)), device=device, dtype=dtype)
+    n = max(n_tokens, 1)
     mask = torch.ones_like(terms.loss, dtype=torch.bool) if terms.mask is None else terms.mask
 
     def mean(values: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def summarize(
     high = ((terms.ratio > bounds[1]) & (terms.advantage > 0)).to(dtype)
     finite = torch.isfinite(terms.logp) & torch.isfinite(terms.loss)
     metrics = {
-        "loss": total,
+        "loss": total.clone(),
         "entropy": mean(terms.entropy),
         "clip_low": mean(low),
         "clip_high": mean(high),
@@ -67,7 +67,7 @@ def summarize(
         "ratio_mean": mean(terms.ratio),
         "ratio_min": extreme(False),
         "ratio_max": extreme(True),
-        "tokens": torch.tensor(n_tokens, device=device),
+        "tokens": torch.full((), n_tokens, device=device),
         "active_rows": (mask & (terms.dlogp != 0)).sum(),
         "nonfinite_tokens": (mask & ~finite).sum(),
         "clamped_ratios": (mask & (terms.log_ratio.abs() > LOG_RATIO_LIMIT)).sum(),

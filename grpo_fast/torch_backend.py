@@ -1,4 +1,4 @@
-"""The row functions of `kernels/` in plain torch, with the same signatures: CPU, MPS and old GPUs.
+"""The row functions of `kernels/` in plain torch, with the same signatures: CPU and old GPUs.
 
 Works through SCRATCH_BYTES of rows at a time, so that beside the logits it is given it holds one
 small block whatever V is, and the passes over a block stay near the cache. Computes in fp32, or in

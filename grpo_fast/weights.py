@@ -48,7 +48,8 @@ def count(config: LossConfig, mask: Tensor, cu_seqlens: Tensor | None = None) ->
     """
     if UNITS[config.preset.weights] == "tokens":
         return (mask != 0).sum()
-    return torch.tensor(boundaries(mask, cu_seqlens).numel() - 1, device=mask.device)
+    # a fill, not a copy from the host: nothing waits
+    return torch.full((), boundaries(mask, cu_seqlens).numel() - 1, device=mask.device)
 
 
 def token_weights(
@@ -71,11 +72,10 @@ def token_weights(
     """
     scheme = config.preset.weights
     if denominator is None:
-        tokens = UNITS[scheme] == "tokens"
-        denominator = mask.sum() if tokens else torch.tensor(bounds.numel() - 1)
-    total = torch.as_tensor(denominator, device=mask.device).to(dtype)
-    # an empty batch has weight 0 everywhere, so the quotient only has to be finite
-    total = torch.where(total > 0, total, torch.ones_like(total))
+        denominator = mask.sum() if UNITS[scheme] == "tokens" else bounds.numel() - 1
+    if not isinstance(denominator, Tensor):
+        denominator = torch.full((), denominator, device=mask.device, dtype=dtype)
+    total = denominator.to(mask.device, dtype).reshape(())
     if scheme == "sequence_mean":
         lengths = sequence_sum(mask.to(dtype), bounds).clamp(min=1.0)
         weight = spread(1.0 / (lengths * total), bounds, mask.numel())
@@ -83,4 +83,5 @@ def token_weights(
         weight = (1.0 / (total * config.max_completion_length)).expand(mask.shape)
     else:
         weight = (1.0 / total).expand(mask.shape)
+    # with nothing unmasked the total may be 0, and 1 / 0 is selected away here
     return torch.where(mask, weight, torch.zeros_like(weight))

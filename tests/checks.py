@@ -4,7 +4,7 @@ kernels."""
 from __future__ import annotations
 
 import torch
-from cases import Case, make_case, relative, truth
+from loss_cases import Case, make_case, relative, truth
 
 from grpo_fast import LossConfig, linear_policy_loss, policy_loss, reference
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from cases import make_case, relative, truth
 from checks import BOUND
+from loss_cases import make_case, relative, truth
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, logprob, reference
 from grpo_fast.chunks import FIXED_BYTES

@@ -3,7 +3,7 @@ any work."""
 
 import pytest
 import torch
-from cases import make_case
+from loss_cases import make_case
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, logprob, policy_loss
 

@@ -3,8 +3,8 @@ show."""
 
 import pytest
 import torch
-from cases import configurations, make_case
 from checks import check_linear, check_logits
+from loss_cases import configurations, make_case
 from op_checks import (
     check_extreme_ratios_are_clamped_and_counted,
     check_logprob,

@@ -1,8 +1,8 @@
 """The policy losses on the torch backend against the float64 reference."""
 
 import pytest
-from cases import configurations
 from checks import check_linear, check_logits
+from loss_cases import configurations
 
 
 def name(value):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import configurations, make_case, truth
+from loss_cases import configurations, make_case, truth
 
 from grpo_fast import LossConfig, linear_policy_loss, objectives, policy_loss, reference, weights
 from grpo_fast.advantages import group_advantages

@@ -8,8 +8,8 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
-from cases import configurations
 from checks import check_linear, check_logits
+from loss_cases import configurations
 
 
 @pytest.fixture(autouse=True)
