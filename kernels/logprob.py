@@ -10,8 +10,16 @@ import triton.language as tl
 from grpo_fast.kernels.configs import ENABLE_FP_FUSION, row_launch
 from grpo_fast.kernels.lang import row_pointer, row_stats, store_row_gradient, store_zero_row
 
+# Row counts differ from chunk to chunk and the (N,) vectors are slices of any alignment:
+# specialised on, seven launches of one run compiled six variants. The logits keep their 128-bit
+# loads.
+PER_CALL = ["T", "stride_stats"]
 
-@triton.jit
+
+@triton.jit(
+    do_not_specialize=PER_CALL,
+    do_not_specialize_on_alignment=["ids_ptr", "active_ptr", "stats_ptr"],
+)
 def logprob_fwd_kernel(
     logits_ptr,
     ids_ptr,
@@ -51,7 +59,17 @@ def logprob_fwd_kernel(
     tl.store(stat_ptr, log_sum)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=PER_CALL,
+    do_not_specialize_on_alignment=[
+        "ids_ptr",
+        "active_ptr",
+        "stats_ptr",
+        "dlogp_ptr",
+        "dlse_ptr",
+        "dentropy_ptr",
+    ],
+)
 def logprob_bwd_kernel(
     logits_ptr,
     ids_ptr,
@@ -138,25 +156,27 @@ def logprob_fwd(
     if B * T == 0:
         return
     launch = row_launch(V)
-    logprob_fwd_kernel[(B * T,)](
-        logits_ptr=logits,
-        ids_ptr=ids,
-        active_ptr=active,
-        stats_ptr=stats,
-        T=T,
-        stride_b=logits.stride(0),
-        stride_t=logits.stride(1),
-        stride_stats=stats.stride(0),
-        V=V,
-        scale=float(scale),
-        softcap=0.0 if softcap is None else float(softcap),
-        inv_temperature=float(inv_temperature),
-        HAS_MASK=active is not None,
-        HAS_SOFTCAP=softcap is not None,
-        BLOCK_V=launch.BLOCK_V,
-        num_warps=launch.num_warps,
-        enable_fp_fusion=ENABLE_FP_FUSION,
-    )
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(logits):
+        logprob_fwd_kernel[(B * T,)](
+            logits_ptr=logits,
+            ids_ptr=ids,
+            active_ptr=active,
+            stats_ptr=stats,
+            T=T,
+            stride_b=logits.stride(0),
+            stride_t=logits.stride(1),
+            stride_stats=stats.stride(0),
+            V=V,
+            scale=float(scale),
+            softcap=0.0 if softcap is None else float(softcap),
+            inv_temperature=float(inv_temperature),
+            HAS_MASK=active is not None,
+            HAS_SOFTCAP=softcap is not None,
+            BLOCK_V=launch.BLOCK_V,
+            num_warps=launch.num_warps,
+            enable_fp_fusion=ENABLE_FP_FUSION,
+        )
 
 
 def logprob_bwd(
@@ -183,30 +203,32 @@ def logprob_bwd(
     if B * T == 0:
         return
     launch = row_launch(V)
-    logprob_bwd_kernel[(B * T,)](
-        logits_ptr=logits,
-        ids_ptr=ids,
-        active_ptr=active,
-        stats_ptr=stats,
-        dlogp_ptr=dlogp,
-        dlse_ptr=dlse,
-        dentropy_ptr=dentropy,
-        out_ptr=out,
-        T=T,
-        stride_b=logits.stride(0),
-        stride_t=logits.stride(1),
-        stride_out_b=out.stride(0),
-        stride_out_t=out.stride(1),
-        stride_stats=stats.stride(0),
-        V=V,
-        scale=float(scale),
-        softcap=0.0 if softcap is None else float(softcap),
-        inv_temperature=float(inv_temperature),
-        HAS_MASK=active is not None,
-        HAS_SOFTCAP=softcap is not None,
-        HAS_DLSE=dlse is not None,
-        HAS_DENTROPY=dentropy is not None,
-        BLOCK_V=launch.BLOCK_V,
-        num_warps=launch.num_warps,
-        enable_fp_fusion=ENABLE_FP_FUSION,
-    )
+    # Triton launches on the current device, which need not be the tensors'
+    with torch.cuda.device_of(logits):
+        logprob_bwd_kernel[(B * T,)](
+            logits_ptr=logits,
+            ids_ptr=ids,
+            active_ptr=active,
+            stats_ptr=stats,
+            dlogp_ptr=dlogp,
+            dlse_ptr=dlse,
+            dentropy_ptr=dentropy,
+            out_ptr=out,
+            T=T,
+            stride_b=logits.stride(0),
+            stride_t=logits.stride(1),
+            stride_out_b=out.stride(0),
+            stride_out_t=out.stride(1),
+            stride_stats=stats.stride(0),
+            V=V,
+            scale=float(scale),
+            softcap=0.0 if softcap is None else float(softcap),
+            inv_temperature=float(inv_temperature),
+            HAS_MASK=active is not None,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_DLSE=dlse is not None,
+            HAS_DENTROPY=dentropy is not None,
+            BLOCK_V=launch.BLOCK_V,
+            num_warps=launch.num_warps,
+            enable_fp_fusion=ENABLE_FP_FUSION,
+        )
