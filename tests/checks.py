@@ -90,3 +90,124 @@ def check_logits(config: LossConfig, use_old: bool, use_ref: bool, inplace: bool
     got = leaf.grad[:, :-1]
     assert relative(got, want[3]) < BOUND
     assert torch.equal(got[~case.mask], torch.zeros_like(got[~case.mask]))
+
+
+def check_everything_together(level: str, objective: str, frozen: bool) -> None:
+    """Bias, softcap, scale, KL and per-token advantages, a third of them exactly 0: values,
+    gradients and metrics."""
+    case = make_case(lengths=(9, 4, 0, 6))
+    g = torch.Generator(torch.get_default_device()).manual_seed(7)
+    bias = torch.randn(77, generator=g)
+    advantages = torch.randn(4, 9, generator=g)
+    advantages[:, ::3] = 0.0
+    config = LossConfig(
+        loss_type=objective,
+        importance_sampling_level=level,
+        epsilon_high=0.28 if objective != "cispo" else 1.2,
+        beta=0.2,
+        temperature=0.9,
+    )
+    head = {"softcap": 6.0, "logit_scale": 0.7}
+    mask = case.mask
+    exact = [
+        torch.where(mask[..., None], case.hidden, torch.zeros_like(case.hidden)).double(),
+        case.weight.double(),
+        bias.double(),
+    ]
+    exact = [t.clone().requires_grad_() for t in exact]
+    logits = reference.head_logits(*exact, **head)
+    ids = torch.where(mask, case.ids, torch.zeros_like(case.ids))
+    logp, entropy, _ = (t.detach() for t in reference.logprob(logits, ids, 0.9))
+    old = (logp + 0.3 * torch.randn(4, 9, generator=g)).float()
+    ref = (logp + 0.3 * torch.randn(4, 9, generator=g)).float()
+    want = reference.policy_loss(
+        logits,
+        case.ids,
+        advantages.double(),
+        config,
+        mask=mask,
+        old_logp=old.double(),
+        ref_logp=ref.double(),
+    )
+    want.backward()
+    leaves = [case.hidden.clone().requires_grad_(), case.weight.clone(), bias.clone()]
+    if not frozen:
+        leaves[1:] = [leaf.requires_grad_() for leaf in leaves[1:]]
+    loss, metrics = linear_policy_loss(
+        leaves[0],
+        leaves[1],
+        case.ids,
+        advantages,
+        config=config,
+        mask=mask,
+        old_logp=old,
+        ref_logp=ref,
+        bias=leaves[2],
+        **head,
+    )
+    loss.backward()
+    assert abs(loss.item() - want.item()) <= BOUND * max(abs(want.item()), 1e-2)
+    for leaf, truth_ in zip(leaves, exact, strict=True):
+        if leaf.requires_grad:
+            assert relative(leaf.grad, truth_.grad) < BOUND
+
+    gap = torch.where(mask, logp - old, torch.zeros_like(logp))
+    if level == "sequence":
+        gap = (gap.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand(4, 9)
+    ratio, (low, high) = gap.exp()[mask], config.ratio_bounds
+    signs = advantages[mask]
+    expected = {
+        "entropy": entropy[mask].mean(),
+        "kl": reference.kl_divergence(logp, ref.double(), "k3")[mask].mean(),
+        "ratio_mean": ratio.mean(),
+        "ratio_max": ratio.max(),
+        "ratio_min": ratio.min(),
+        "clip_low": ((ratio < low) & (signs < 0)).double().mean(),
+        "clip_high": ((ratio > high) & (signs > 0)).double().mean(),
+    }
+    for name, value in expected.items():
+        assert abs(metrics[name].item() - value.item()) <= 1e-5 * max(1.0, abs(value.item())), name
+    assert metrics["clip_ratio"] == metrics["clip_low"] + metrics["clip_high"]
+
+
+def check_zero_advantages_leave_the_backward() -> None:
+    """Without a KL a token of advantage 0 is counted inactive; with one it keeps its gradient."""
+    case = make_case()
+    advantages = torch.where(torch.arange(9) % 2 == 0, 0.0, 1.0).expand(4, 9).contiguous()
+    args = (torch.nan_to_num(case.hidden), case.weight.clone().requires_grad_(), case.ids)
+    _, metrics = linear_policy_loss(*args, advantages, mask=case.mask)
+    assert metrics["active_rows"] == (case.mask & (advantages != 0)).sum()
+    config = LossConfig(beta=0.1)
+    _, metrics = linear_policy_loss(
+        *args, advantages, mask=case.mask, ref_logp=case.ref_logp, config=config
+    )
+    assert metrics["active_rows"] == case.mask.sum()
+
+
+def check_beyond_the_clamp() -> None:
+    """Log-ratios of +-22 nats: value e^20 and e^-20, no gradient through the ratio, as in
+    reference."""
+    case = make_case(lengths=(9, 6, 4, 6))
+    shift = torch.tensor([22.0, -22.0, 19.0, -19.0])[:, None]
+    advantages = torch.tensor([-1e-6, -0.5, -1e-6, 0.7])
+    config = LossConfig(beta=1e-9, temperature=0.9)
+    old, ref = case.old_logp + shift * -1.0, case.ref_logp + 21.0
+    batch = type(case)(
+        case.hidden, case.weight, case.ids, case.mask, advantages, old.float(), ref.float()
+    )
+    want = truth(batch, config, use_old=True, use_ref=True)
+    weight = case.weight.clone().requires_grad_()
+    loss, metrics = linear_policy_loss(
+        case.hidden,
+        weight,
+        case.ids,
+        advantages,
+        config=config,
+        mask=case.mask,
+        old_logp=batch.old_logp,
+        ref_logp=batch.ref_logp,
+    )
+    loss.backward()
+    # exp(20) magnifies the rounding of a log-prob to some 1e-5
+    assert relative(loss, want[0]) < 1e-4 and relative(weight.grad, want[2]) < 1e-4
+    assert 0 < metrics["clamped_ratios"] < metrics["tokens"]

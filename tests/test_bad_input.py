@@ -74,6 +74,11 @@ BAD = [
     ("denominator", lambda t: 0, "0"),
     ("denominator", lambda t: NAN, "nan"),
     ("denominator", lambda t: torch.ones(2), r"\(2,\)"),
+    ("denominator", lambda t: torch.tensor(NAN), "nan"),
+    ("denominator", lambda t: torch.tensor(-4.0), "-4"),
+    ("denominator", lambda t: torch.tensor(True), "bool"),
+    ("softcap", lambda t: "5", "'5'"),
+    ("logit_scale", lambda t: None, "None"),
     ("softcap", lambda t: 0.0, "0"),
     ("softcap", lambda t: NAN, "nan"),
     ("logit_scale", lambda t: 0.0, "0"),
@@ -187,3 +192,21 @@ def test_backend_choice(monkeypatch):
     monkeypatch.setenv("GRPO_FAST_BACKEND", "auto")
     assert select("cpu").name == "torch"
     assert explain("cpu").startswith("torch on cpu (")
+
+
+def test_ambiguous_packed_advantages(no_kernels):
+    cu = torch.tensor([0, 2, 2])
+    with pytest.raises(ValueError, match="advantages: .*S = N = 2 with an empty sequence"):
+        linear_policy_loss(
+            torch.ones(2, 4), torch.ones(5, 4), torch.zeros(2).long(), torch.ones(2), cu_seqlens=cu
+        )
+
+
+def test_inplace_needs_rows_of_its_own(no_kernels):
+    leaf = torch.zeros(2, 3, 9, requires_grad=True)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="logits: expected a non-leaf tensor"):
+        policy_loss(leaf, ids, torch.ones(2), inplace=True)
+    shared = (leaf[:1] * 1.0).expand(2, 3, 9)
+    with pytest.raises(ValueError, match="logits: expected rows that do not overlap"):
+        policy_loss(shared, ids, torch.ones(2), inplace=True)

@@ -3,16 +3,24 @@ show."""
 
 import pytest
 import torch
-from checks import check_linear, check_logits
+from checks import (
+    check_beyond_the_clamp,
+    check_everything_together,
+    check_linear,
+    check_logits,
+    check_zero_advantages_leave_the_backward,
+)
 from loss_cases import configurations, make_case
 from op_checks import (
     check_extreme_ratios_are_clamped_and_counted,
+    check_half_precision_logits,
     check_logprob,
     check_low_precision,
     check_nan_is_seen,
     check_row_statistics_do_not_depend_on_batch,
     check_small_gradients_survive_fp16,
     check_stable_ends,
+    check_steep_ratios_in_fp16,
     check_transforms,
 )
 
@@ -101,3 +109,28 @@ def test_peak_memory_stays_within_the_workspace():
     used = torch.cuda.max_memory_allocated() - before
     # fp32 accumulators and the downcast gradients
     assert used <= 1.1 * ((4 + 2) * (N + V) * H + workspace)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("objective", ["dapo", "grpo", "cispo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_everything_together(level, objective, frozen):
+    check_everything_together(level, objective, frozen)
+
+
+def test_zero_advantages_leave_the_backward():
+    check_zero_advantages_leave_the_backward()
+
+
+def test_beyond_the_clamp():
+    check_beyond_the_clamp()
+
+
+@pytest.mark.parametrize("upstream", [1 / 7, 32768.0, 65536.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits(dtype, upstream):
+    check_half_precision_logits(dtype, upstream)
+
+
+def test_steep_ratios_in_fp16():
+    check_steep_ratios_in_fp16()

@@ -1,8 +1,16 @@
 """The policy losses on the torch backend against the float64 reference."""
 
 import pytest
-from checks import check_linear, check_logits
+import torch
+from checks import (
+    check_beyond_the_clamp,
+    check_everything_together,
+    check_linear,
+    check_logits,
+    check_zero_advantages_leave_the_backward,
+)
 from loss_cases import configurations
+from op_checks import check_half_precision_logits, check_steep_ratios_in_fp16
 
 
 def name(value):
@@ -26,3 +34,28 @@ def test_linear_policy_loss_equals_reference(config, old, ref):
 def test_policy_loss_equals_reference(config, old, ref):
     check_logits(config, old, ref, inplace=False)
     check_logits(config, old, ref, inplace=True)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("objective", ["dapo", "grpo", "cispo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_everything_together(level, objective, frozen):
+    check_everything_together(level, objective, frozen)
+
+
+def test_zero_advantages_leave_the_backward():
+    check_zero_advantages_leave_the_backward()
+
+
+def test_beyond_the_clamp():
+    check_beyond_the_clamp()
+
+
+@pytest.mark.parametrize("upstream", [1 / 7, 32768.0, 65536.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits(dtype, upstream):
+    check_half_precision_logits(dtype, upstream)
+
+
+def test_steep_ratios_in_fp16():
+    check_steep_ratios_in_fp16()
