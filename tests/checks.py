@@ -7,6 +7,7 @@ import torch
 from loss_cases import Case, make_case, relative, truth
 
 from grpo_fast import LossConfig, linear_policy_loss, policy_loss, reference
+from grpo_fast.chunks import FIXED_BYTES
 
 # fp32 inputs; what is observed is near 3e-7
 BOUND = 2e-5
@@ -96,6 +97,7 @@ def check_everything_together(level: str, objective: str, frozen: bool) -> None:
     """Bias, softcap, scale, KL and per-token advantages, a third of them exactly 0: values,
     gradients and metrics."""
     case = make_case(lengths=(9, 4, 0, 6))
+    mask = case.mask
     g = torch.Generator(torch.get_default_device()).manual_seed(7)
     bias = torch.randn(77, generator=g)
     advantages = torch.randn(4, 9, generator=g)
@@ -108,24 +110,18 @@ def check_everything_together(level: str, objective: str, frozen: bool) -> None:
         temperature=0.9,
     )
     head = {"softcap": 6.0, "logit_scale": 0.7}
-    mask = case.mask
-    exact = [
-        torch.where(mask[..., None], case.hidden, torch.zeros_like(case.hidden)).double(),
-        case.weight.double(),
-        bias.double(),
-    ]
-    exact = [t.clone().requires_grad_() for t in exact]
+    finite = torch.where(mask[..., None], case.hidden, torch.zeros_like(case.hidden))
+    exact = [t.double().clone().requires_grad_() for t in (finite, case.weight, bias)]
     logits = reference.head_logits(*exact, **head)
     ids = torch.where(mask, case.ids, torch.zeros_like(case.ids))
     logp, entropy, _ = (t.detach() for t in reference.logprob(logits, ids, 0.9))
-    old = (logp + 0.3 * torch.randn(4, 9, generator=g)).float()
-    ref = (logp + 0.3 * torch.randn(4, 9, generator=g)).float()
+    old, ref = ((logp + 0.3 * torch.randn(4, 9, generator=g)).float() for _ in range(2))
+    given = {"config": config, "mask": mask}
     want = reference.policy_loss(
         logits,
         case.ids,
         advantages.double(),
-        config,
-        mask=mask,
+        **given,
         old_logp=old.double(),
         ref_logp=ref.double(),
     )
@@ -134,12 +130,10 @@ def check_everything_together(level: str, objective: str, frozen: bool) -> None:
     if not frozen:
         leaves[1:] = [leaf.requires_grad_() for leaf in leaves[1:]]
     loss, metrics = linear_policy_loss(
-        leaves[0],
-        leaves[1],
+        *leaves[:2],
         case.ids,
         advantages,
-        config=config,
-        mask=mask,
+        **given,
         old_logp=old,
         ref_logp=ref,
         bias=leaves[2],
@@ -154,20 +148,48 @@ def check_everything_together(level: str, objective: str, frozen: bool) -> None:
     gap = torch.where(mask, logp - old, torch.zeros_like(logp))
     if level == "sequence":
         gap = (gap.sum(1) / mask.sum(1).clamp(min=1))[:, None].expand(4, 9)
-    ratio, (low, high) = gap.exp()[mask], config.ratio_bounds
-    signs = advantages[mask]
+    kl = reference.kl_divergence(logp, ref.double(), "k3")
+    _metrics_agree(metrics, config, gap.exp()[mask], advantages[mask], entropy[mask], kl[mask])
+
+
+def _metrics_agree(metrics, config, ratio, advantages, entropy, kl) -> None:
+    """`metrics` against their definitions on the unmasked tokens, float64."""
+    low, high = config.ratio_bounds
     expected = {
-        "entropy": entropy[mask].mean(),
-        "kl": reference.kl_divergence(logp, ref.double(), "k3")[mask].mean(),
+        "entropy": entropy.mean(),
+        "kl": kl.mean(),
         "ratio_mean": ratio.mean(),
         "ratio_max": ratio.max(),
         "ratio_min": ratio.min(),
-        "clip_low": ((ratio < low) & (signs < 0)).double().mean(),
-        "clip_high": ((ratio > high) & (signs > 0)).double().mean(),
+        "clip_low": ((ratio < low) & (advantages < 0)).double().mean(),
+        "clip_high": ((ratio > high) & (advantages > 0)).double().mean(),
     }
     for name, value in expected.items():
         assert abs(metrics[name].item() - value.item()) <= 1e-5 * max(1.0, abs(value.item())), name
     assert metrics["clip_ratio"] == metrics["clip_low"] + metrics["clip_high"]
+
+
+def check_many_chunks(level: str, use_old: bool) -> None:
+    """45 tokens, 16 rows at a time: the same loss and gradients as the reference."""
+    case = make_case(lengths=(9, 9, 9, 9, 9))
+    config = LossConfig(importance_sampling_level=level, beta=0.1)
+    want = truth(case, config, use_old=use_old, use_ref=True)
+    hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
+    V, H = weight.shape
+    loss, metrics = linear_policy_loss(
+        hidden,
+        weight,
+        case.ids,
+        case.advantages,
+        config=config,
+        old_logp=case.old_logp if use_old else None,
+        ref_logp=case.ref_logp,
+        workspace_bytes=FIXED_BYTES + 16 * 4 * (V + 3 * H),
+    )
+    loss.backward()
+    assert metrics["active_rows"] == 45
+    for got, exact in zip((loss, hidden.grad, weight.grad), want[:3], strict=True):
+        assert relative(got, exact) < BOUND
 
 
 def check_zero_advantages_leave_the_backward() -> None:

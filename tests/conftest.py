@@ -43,6 +43,14 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state():
+    """accelerate keeps its settings for the whole process: no test inherits another's."""
+    yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def _filled_with_nan(allocate):
     """`allocate`, but floating memory that grpo_fast asks for starts as NaN instead of as luck."""
 

@@ -309,7 +309,7 @@ def test_demo(tiny_model, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "seed 5" in out and out.count("held-out questions right (greedy)") == 3
     assert out.count("  before: ") == out.count("  after:  ") == demo.SHOWN
-    assert "step 2 of 2: reward " in out and "mean reward of the first" in out
+    assert "step 2: loss " in out and "mean reward of the first" in out
     for name in ("metrics.jsonl", "curves.png", "completions"):
         assert str(tmp_path / name) in out and (tmp_path / name).exists()
 

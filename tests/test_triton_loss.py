@@ -14,6 +14,7 @@ from checks import (
     check_everything_together,
     check_linear,
     check_logits,
+    check_many_chunks,
     check_zero_advantages_leave_the_backward,
 )
 from loss_cases import configurations
@@ -40,6 +41,12 @@ def test_policy_loss_equals_reference(config, old, ref):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_everything_together(level, objective, frozen):
     check_everything_together(level, objective, frozen)
+
+
+@pytest.mark.parametrize("use_old", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_many_chunks(level, use_old):
+    check_many_chunks(level, use_old)
 
 
 def test_zero_advantages_leave_the_backward():
