@@ -19,22 +19,23 @@ class Preset:
     through_ratio: bool
     """True when the objective's derivative reaches the policy through the importance ratio."""
     weights: str
-    """Row of `weights.SCHEMES`: `sequence_mean`, `token_mean` or `constant_length`."""
+    """One of `weights.UNITS`: `sequence_mean`, `token_mean` or `constant_length`."""
     window: bool
     """True when the denominator spans the accumulation window and all ranks, not one
     micro-batch."""
     source: str
-    """The paper the variant comes from (title, year)."""
+    """The paper the variant comes from (title, year), or who named it."""
 
 
 _GRPO = "DeepSeekMath: Pushing the Limits of Mathematical Reasoning (2024)"
 _DAPO = "DAPO: An Open-Source LLM Reinforcement Learning System at Scale (2025)"
+_BNPO = "TRL's token mean over one micro-batch; not the Beta normalization of BNPO (2025)"
 _DR_GRPO = "Understanding R1-Zero-Like Training: A Critical Perspective (2025)"
 _CISPO = "MiniMax-M1: Scaling Test-Time Compute with Lightning Attention (2025)"
 
 PRESETS: dict[str, Preset] = {
     "grpo": Preset("clip", True, "sequence_mean", True, _GRPO),
-    "bnpo": Preset("clip", True, "token_mean", False, _DAPO),
+    "bnpo": Preset("clip", True, "token_mean", False, _BNPO),
     "dr_grpo": Preset("clip", True, "constant_length", True, _DR_GRPO),
     "dapo": Preset("clip", True, "token_mean", True, _DAPO),
     "cispo": Preset("cispo", False, "token_mean", True, _CISPO),

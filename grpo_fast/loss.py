@@ -189,9 +189,10 @@ def linear_policy_loss(
         bias: (V,) or None. softcap: None or > 0. logit_scale: not 0.
         denominator: the count that the loss type divides by (`weights.count`), over the
             accumulation window and all ranks (divided by the world size when gradients are
-            averaged); None: this call's.
-        workspace_bytes: bound on the temporary memory in bytes; None: 1 GiB on CUDA, 128 MiB
-            elsewhere.
+            averaged), which makes bnpo the same as dapo; None: this call's.
+        workspace_bytes: bound in bytes on the logits and the scratch of one call, on top of the
+            fp32 gradients of hidden and weight (and, under CUDA autocast, their cast copies);
+            None: 1 GiB on CUDA, 128 MiB elsewhere.
 
     Returns:
         loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.

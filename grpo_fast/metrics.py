@@ -35,10 +35,9 @@ def summarize(
         loss: 0-d; exactly 0 when everything is masked.
         metrics: `loss`; `kl` (nats, only with a reference); `entropy` (nats); `clip_low` and
             `clip_high` (share of tokens whose ratio left the bounds on the side its advantage
-            pushes to), `clip_ratio` (their sum); `ratio_mean`, `ratio_min`, `ratio_max`; and
-            counts: `tokens`, `active_rows` (derivative not exactly 0), `nonfinite_tokens` (NaN or
-                infinite log-prob
-            or loss), `clamped_ratios` (|log-ratio| above 20 nats).
+            pushes to), `clip_ratio` (their sum); `ratio_mean`, `ratio_min`, `ratio_max`; and the
+            counts `tokens`, `active_rows` (derivative not exactly 0), `nonfinite_tokens` (NaN or
+            infinite log-prob or loss) and `clamped_ratios` (|log-ratio| above 20 nats).
     """
     total = terms.loss.sum()
     device, dtype = total.device, total.dtype

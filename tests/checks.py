@@ -206,18 +206,19 @@ def check_zero_advantages_leave_the_backward() -> None:
     assert metrics["active_rows"] == case.mask.sum()
 
 
-def check_beyond_the_clamp() -> None:
+def check_beyond_the_clamp(beta: float, weighted: bool) -> None:
     """Log-ratios of +-22 nats: value e^20 and e^-20, no gradient through the ratio, as in
     reference."""
     case = make_case(lengths=(9, 6, 4, 6))
     shift = torch.tensor([22.0, -22.0, 19.0, -19.0])[:, None]
-    advantages = torch.tensor([-1e-6, -0.5, -1e-6, 0.7])
-    config = LossConfig(beta=1e-9, temperature=0.9)
-    old, ref = case.old_logp + shift * -1.0, case.ref_logp + 21.0
+    # exp(19) * 1e-8 is near 1: beyond the clamp a gradient through the ratio would be seen
+    advantages = torch.tensor([-1e-8, -0.5, -1e-8, 0.7])
+    config = LossConfig(beta=beta, use_bias_correction_kl=weighted, temperature=0.9)
+    old, ref = case.old_logp - shift, case.ref_logp + 21.0
     batch = type(case)(
         case.hidden, case.weight, case.ids, case.mask, advantages, old.float(), ref.float()
     )
-    want = truth(batch, config, use_old=True, use_ref=True)
+    want = truth(batch, config, use_old=True, use_ref=beta > 0)
     weight = case.weight.clone().requires_grad_()
     loss, metrics = linear_policy_loss(
         case.hidden,
@@ -227,7 +228,7 @@ def check_beyond_the_clamp() -> None:
         config=config,
         mask=case.mask,
         old_logp=batch.old_logp,
-        ref_logp=batch.ref_logp,
+        ref_logp=batch.ref_logp if beta > 0 else None,
     )
     loss.backward()
     # exp(20) magnifies the rounding of a log-prob to some 1e-5

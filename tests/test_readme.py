@@ -1,4 +1,4 @@
-"""The README's snippets run, its variants table is PRESETS, its paths exist.
+"""The README's snippets run and its variants table is PRESETS.
 
 `python tests/test_readme.py` writes the table anew.
 """

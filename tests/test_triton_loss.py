@@ -53,8 +53,9 @@ def test_zero_advantages_leave_the_backward():
     check_zero_advantages_leave_the_backward()
 
 
-def test_beyond_the_clamp():
-    check_beyond_the_clamp()
+@pytest.mark.parametrize("beta, weighted", [(0.0, False), (1e-9, False), (1e-9, True)])
+def test_beyond_the_clamp(beta, weighted):
+    check_beyond_the_clamp(beta, weighted)
 
 
 @pytest.mark.parametrize("upstream", [1 / 7, 32768.0, 65536.0])
