@@ -276,6 +276,41 @@ def _policy(
     )
 
 
+def launch_rows(operation: str, rows: int, start: int, number: float) -> None:
+    """Launch on a chunk of `rows` rows whose per-token vectors begin at element `start`."""
+    part = slice(start, start + rows)
+    total = start + rows
+    # nothing is read or written, so all rows may share one
+    logits = torch.empty(1, 1, 151936, dtype=torch.bfloat16).expand(1, rows, 151936)
+    ids = torch.zeros(total, dtype=torch.int64)[part]
+    vector = torch.zeros(total)[part]
+    terms = torch.zeros(6, total)[:, part]
+    temperature = {"inv_temperature": 0.5 + number}
+    if operation == "forward":
+        logprob.logprob_fwd(logits, ids, terms[:4], **temperature)
+    elif operation == "backward":
+        logprob.logprob_bwd(logits, ids, terms[:4], vector, logits, **temperature)
+    else:
+        policy.policy(
+            logits,
+            ids,
+            vector,
+            vector,
+            terms,
+            logits,
+            token_loss=objectives.token_loss,
+            objective=objectives.clip,
+            kl=objectives.k3,
+            through_ratio=True,
+            weight_kl=True,
+            bounds=(1.0 - number / 4, 1.0 + number, 2.0 + number),
+            beta=number,
+            old_logp=vector,
+            ref_logp=vector,
+            **temperature,
+        )
+
+
 # V = 151936 is a multiple of 16, so its rows start on 16-byte boundaries and loads are wide;
 # V = 50257 is odd. The small vocabularies take the narrow rows of the launch table.
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16

@@ -140,3 +140,13 @@ def test_nothing_is_launched_and_the_driver_is_restored():
         greedy_kernel[(1,)](x, x, BLOCK=16)
     assert len(kernels) == 1 and x.eq(0).all()
     assert triton.runtime.driver._active is before
+
+
+@pytest.mark.parametrize("operation", ["forward", "backward", "policy"])
+def test_no_length_alignment_or_number_compiles_again(operation):
+    """Chunks of 1 to 512 rows, slices that start anywhere, other temperatures: one kernel."""
+    with aot.compiling_for(aot.TARGETS["sm_90"].gpu) as kernels:
+        for rows, start, number in ((1, 0, 1.0), (3, 1, 0.0), (16, 4, 0.7), (512, 16, 2.0)):
+            aot.launch_rows(operation, rows, start, number)
+    assert len(kernels) == 4
+    assert len({kernel.hash for kernel in kernels}) == 1
