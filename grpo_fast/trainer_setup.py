@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,13 @@ def check_writable(output_dir: str) -> None:
     existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not existing.is_dir():
         raise ValueError(f"output_dir: cannot write {output_dir}: {existing} is not a folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"output_dir: cannot write {output_dir}: no permission in {existing}.")
+    # permission bits say nothing about a read-only file system, and nothing to root: try it
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir: cannot write {output_dir}: {existing} takes no new folder ({error})."
+        ) from error
 
 
 def tokenizer_of(

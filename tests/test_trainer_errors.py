@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,10 +155,12 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="output_dir: cannot write .*/file is not a folder"):
         trainer(tmp_path / "file" / "out")
-    if os.geteuid() != 0:
-        (tmp_path / "locked").mkdir(mode=0o500)
-        with pytest.raises(ValueError, match="output_dir: cannot write .* no permission in"):
-            trainer(tmp_path / "locked" / "out")
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    # root may write where the mode says no, but nobody in /proc
+    folder = Path("/proc") if os.geteuid() == 0 and Path("/proc/self").exists() else locked
+    with pytest.raises(ValueError, match=f"output_dir: cannot write .*{folder} takes no new"):
+        trainer(folder / "out")
 
 
 def test_more_than_one_gpu_in_one_process_is_refused(tmp_path):
