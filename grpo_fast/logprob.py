@@ -150,7 +150,7 @@ def linear_logprob(
         mask: shaped like ids, non-zero where a token counts; masked rows are never read.
         temperature: > 0. softcap: None or > 0. logit_scale: not 0.
         entropy: also return the entropy of each distribution.
-        workspace_bytes: bound on the temporary memory in bytes; None: 1 GiB on CUDA, 128 MiB
+        workspace_bytes: bound on the temporary memory in bytes; None: 1 GiB on CUDA, 384 MiB
             elsewhere.
 
     Returns:

@@ -192,7 +192,7 @@ def linear_policy_loss(
             averaged), which makes bnpo the same as dapo; None: this call's.
         workspace_bytes: bound in bytes on the logits and the scratch of one call, on top of the
             fp32 gradients of hidden and weight (and, under CUDA autocast, their cast copies);
-            None: 1 GiB on CUDA, 128 MiB elsewhere.
+            None: 1 GiB on CUDA, 384 MiB elsewhere.
 
     Returns:
         loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-# 8 MiB: two blocks of fp32 rows; at V = 49152 that is 21 rows, where the ~15 launches of a block
+# 4 MiB: two blocks of fp32 rows; at V = 49152 that is 10 rows, where the ~12 launches of a block
 # cost under 5 % of its arithmetic on 2 cores
-SCRATCH_BYTES = 8 << 20
+SCRATCH_BYTES = 4 << 20
 # stands for -inf beside the row max: exp gives 0, and 0 * FLOOR * any gradient is still 0, not NaN
 FLOOR = -1e30
 
@@ -31,31 +31,36 @@ def _row_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _transform(x: Tensor, scale: float, softcap: float | None, inv_temperature: float) -> Tensor:
-    """Block of logits as stored -> z in fp32, a new tensor."""
-    z = x.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+    """Block of logits as stored -> z in fp32: x itself where nothing changes, else a new tensor."""
+    z = x.to(torch.promote_types(x.dtype, torch.float32))
     if softcap is not None:
-        return z.mul_(scale / softcap).tanh_().mul_(softcap * inv_temperature)
+        return z.mul(scale / softcap).tanh_().mul_(softcap * inv_temperature)
     factor = scale * inv_temperature
-    return z if factor == 1.0 else z.mul_(factor)
+    return z if factor == 1.0 else z.mul(factor)
 
 
-def _row_stats(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """z (n, V), overwritten by z - max, and ids (n,) -> stats (4, n) and p = exp(z - max)."""
-    peak = z.amax(1)
+def _row_stats(x: Tensor, ids: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x (n, V), only read, and ids (n,) -> stats (4, n), p = exp(x - max), and x - max if keep."""
+    peak = x.amax(1)
     # all -inf: NaN rows, as torch.log_softmax gives; one -inf: clamped, so that 0 * z is 0
-    z.sub_(peak[:, None])
+    z = x - peak[:, None]
     gap = z.gather(1, ids[:, None])[:, 0]
-    z.clamp_(min=FLOOR)
+    if not z.is_cpu:
+        z.clamp_(min=FLOOR)
     p = torch.exp(z)
     # not a matrix product: its plain running sum over 150k terms costs three digits of the entropy
-    dot = (p * z).sum(1)
+    dot = (p * z if keep else z.mul_(p)).sum(1)
+    # on CPU looking at the sum is cheaper than clamping every logit
+    if z.is_cpu and not torch.isfinite(dot).all():
+        z = (x - peak[:, None]).clamp_(min=FLOOR)
+        dot = (p * z).sum(1)
     # the target is kept out of the sum: log1p(rest) holds what log(1 + rest) would round away
     target = p.gather(1, ids[:, None])
     rest = p.scatter_(1, ids[:, None], 0.0).sum(1)
     p.scatter_(1, ids[:, None], target)
     total = rest + target[:, 0]
     log_sum = torch.where(gap == 0.0, torch.log1p(rest), torch.log(total))
-    return torch.stack((gap - log_sum, log_sum - dot / total, peak, log_sum)), p
+    return torch.stack((gap - log_sum, log_sum - dot / total, peak, log_sum)), p, z
 
 
 def logprob_fwd(
@@ -71,17 +76,19 @@ def logprob_fwd(
     """Fill stats (4, N) with logp, entropy, max and log-sum; see `kernels/logprob.py`."""
     for rows, block in _row_blocks(logits):
         if active is None:
-            z = _transform(block, scale, softcap, inv_temperature)
-            stats[:, rows] = _row_stats(z, ids[rows])[0]
+            x = _transform(block, scale, softcap, inv_temperature)
+            stats[:, rows] = _row_stats(x, ids[rows], keep=False)[0]
             continue
         index = active[rows].nonzero()[:, 0]
         stats[:, rows] = 0.0
         if index.numel():
-            z = _transform(block[index], scale, softcap, inv_temperature)
-            stats[:, rows.start + index] = _row_stats(z, ids[rows][index])[0]
+            x = _transform(block[index], scale, softcap, inv_temperature)
+            stats[:, rows.start + index] = _row_stats(x, ids[rows][index], keep=False)[0]
 
 
-def _gradient(
+def _store_gradient(
+    out: Tensor,
+    index: Tensor | slice,
     z: Tensor,
     p: Tensor,
     ids: Tensor,
@@ -90,32 +97,38 @@ def _gradient(
     dlse: Tensor | None,
     dentropy: Tensor | None,
     chain: tuple[float, float | None, float],
-) -> Tensor:
-    """dloss/dlogits (n, V) in the memory of p, from z - max (or z, with a softcap) and p =
-    softmax(z)."""
+) -> None:
+    """out[index] = dloss/dlogits (n, V), from z - max and p = exp(z - max), both used up.
+
+    z is read only with dentropy or a softcap.
+    """
     logp, entropy, peak, log_sum = stats
     scale, softcap, inv_temperature = chain
+    inner = scale * inv_temperature
     target = ids[:, None]
+    norm = torch.exp(-log_sum)
     by_p = -dlogp if dlse is None else dlse - dlogp
     at_target = dlogp * -torch.expm1(logp)
-    p_target = p.gather(1, target)[:, 0]
+    p_target = p.gather(1, target)[:, 0] * norm
     if dlse is not None:
         at_target = at_target + dlse * p_target
+    # straight into its place where that has the type of p
+    grad = out if isinstance(index, slice) and out.dtype == p.dtype else p
     if dentropy is None:
-        grad = p.mul_(by_p[:, None])
+        torch.mul(p, (by_p * norm * inner)[:, None], out=grad)
     else:
         # -p (z - max - E[z - max]) dentropy, with E = log_sum - entropy
         mean = log_sum - entropy
         gap = z.gather(1, target)[:, 0] - mean
         at_target = at_target - torch.where(p_target > 0, dentropy * p_target * gap, 0.0)
         factor = (z - mean[:, None]).mul_(-dentropy[:, None]).add_(by_p[:, None])
-        grad = p.mul_(factor)
-    grad.scatter_(1, target, at_target[:, None])
-    grad.mul_(scale * inv_temperature)
+        torch.mul(p, factor.mul_((norm * inner)[:, None]), out=grad)
+    grad.scatter_(1, target, (at_target * inner)[:, None])
     if softcap is not None:
         tanh = (z + peak[:, None]).div_(softcap * inv_temperature)
         grad.mul_(tanh.square_().neg_().add_(1.0))
-    return grad
+    if grad is p:
+        out[index] = p.to(out.dtype)
 
 
 def logprob_bwd(
@@ -135,19 +148,21 @@ def logprob_bwd(
     """Fill out (B, T, V) with the gradient by logits (out may be logits); see
     `kernels/logprob.py`."""
     chain = (scale, softcap, inv_temperature)
+    keep = dentropy is not None or softcap is not None
     for (rows, block), (_, out_block) in zip(_row_blocks(logits), _row_blocks(out), strict=True):
         index = slice(None) if active is None else active[rows].nonzero()[:, 0]
-        source = block[index]
+        x = _transform(block[index], *chain)
         if active is not None:
             out_block.zero_()
             if index.numel() == 0:
                 continue
         stat = stats[:, rows][:, index]
-        z = _transform(source, *chain).sub_(stat[2][:, None])
-        z.clamp_(min=FLOOR)
-        p = torch.exp(z - stat[3][:, None])
+        z = x - stat[2][:, None]
+        if keep:
+            z.clamp_(min=FLOOR)
+        p = torch.exp(z) if keep else z.exp_()
         upstream = [None if g is None else g[rows][index] for g in (dlogp, dlse, dentropy)]
-        out_block[index] = _gradient(z, p, ids[rows][index], stat, *upstream, chain).to(out.dtype)
+        _store_gradient(out_block, index, z, p, ids[rows][index], stat, *upstream, chain)
 
 
 def policy(
@@ -180,13 +195,13 @@ def policy(
         if active is not None:
             terms[:, rows] = 0.0
             terms[3, rows] = 1.0
-        z = _transform(block[index], *chain)
+        x = _transform(block[index], *chain)
         target = ids[rows][index]
         if out is not None and active is not None:
             out_block.zero_()
         if target.numel() == 0:
             continue
-        stats, p = _row_stats(z, target)
+        stats, p, z = _row_stats(x, target, keep=out is not None and softcap is not None)
         logp = stats[0]
         old = None if old_logp is None else old_logp[rows][index]
         ref = logp if ref_logp is None else ref_logp[rows][index]
@@ -209,6 +224,7 @@ def policy(
         row_terms = torch.stack((loss * weight, logp, stats[1], ratio, kl_value, dlogp))
         terms[:, rows][:, index] = row_terms
         if out is not None:
-            p.mul_(torch.exp(-stats[3])[:, None])
-            grad = _gradient(z, p, target, stats, dlogp, None, None, chain)
-            out_block[index] = grad.masked_fill_((dlogp == 0.0)[:, None], 0.0).to(out.dtype)
+            _store_gradient(out_block, index, z, p, target, stats, dlogp, None, None, chain)
+            # NaN in a row that has no gradient stays out of it
+            dead = (dlogp == 0.0).nonzero()[:, 0]
+            out_block[dead if active is None else index[dead]] = 0.0
