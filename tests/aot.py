@@ -251,7 +251,13 @@ def _backward(dtype: torch.dtype, V: int, *, full: bool, out: torch.dtype | None
 
 
 def _policy(
-    dtype: torch.dtype, V: int, *, full: bool = False, gradient: bool = True, cispo: bool = False
+    dtype: torch.dtype,
+    V: int,
+    *,
+    full: bool = False,
+    gradient: bool = True,
+    cispo: bool = False,
+    out: torch.dtype | None = None,
 ) -> None:
     logits, ids, active, vector, terms = _rows(dtype, V)
     extra = (
@@ -263,7 +269,7 @@ def _policy(
         vector,
         vector,
         terms,
-        logits if gradient else None,
+        (logits if out is None else logits.view(out)[..., :V]) if gradient else None,
         token_loss=objectives.token_loss,
         objective=objectives.cispo if cispo else objectives.clip,
         kl=objectives.k1 if cispo else objectives.k3,
@@ -325,6 +331,7 @@ CASES: dict[str, Callable[[], None]] = {
     "bwd f16 V=1000 full": lambda: _backward(_F16, 1000, full=True),
     "policy bf16 V=151936 on-policy": lambda: _policy(_BF16, 151936),
     "policy bf16 V=50257 full": lambda: _policy(_BF16, 50257, full=True),
+    "policy f32 V=151936 full, bf16 out": lambda: _policy(_F32, 151936, full=True, out=_BF16),
     "policy f32 V=151936 full": lambda: _policy(_F32, 151936, full=True),
     "policy f32 V=151936 full, no gradient": lambda: _policy(
         _F32, 151936, full=True, gradient=False

@@ -5,6 +5,8 @@ Runs without a GPU and without the interpreter; the toy kernels below show that 
 
 import functools
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -140,6 +142,24 @@ def test_nothing_is_launched_and_the_driver_is_restored():
         greedy_kernel[(1,)](x, x, BLOCK=16)
     assert len(kernels) == 1 and x.eq(0).all()
     assert triton.runtime.driver._active is before
+
+
+def test_the_gpu_benchmarks_launch_nothing_that_is_not_compiled_here():
+    """Every vocabulary of the set gives the kernels of V = 151936, which the cases above cover."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    from cases import CASES
+
+    sizes = {case.V for cases in CASES["gpu"].values() for case in cases}
+    assert len(sizes) > 4
+    with aot.compiling_for(aot.TARGETS["sm_90"].gpu) as kernels:
+        for V in sorted(sizes):
+            for dtype, out in ((torch.float32, torch.bfloat16), (torch.bfloat16, None)):
+                for full in (False, True):
+                    aot._policy(dtype, V, full=full, out=out)
+                    aot._policy(dtype, V, full=full, gradient=False)
+            aot._forward(torch.float32, V, full=False)
+            aot._backward(torch.float32, V, full=False, out=torch.bfloat16)
+    assert len({kernel.hash for kernel in kernels}) == len(kernels) / len(sizes)
 
 
 @pytest.mark.parametrize("operation", ["forward", "backward", "policy"])

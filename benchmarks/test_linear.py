@@ -1,0 +1,10 @@
+"""Level (b): the loss from hidden states and the lm_head."""
+
+from clock import recorded
+
+LEVEL = "linear"
+
+
+@recorded
+def test_linear(measured, entry):
+    assert min(measured(*entry)["durations"]) > 0

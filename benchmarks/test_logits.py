@@ -1,0 +1,10 @@
+"""Level (a): the loss from given logits, forward and backward."""
+
+from clock import recorded
+
+LEVEL = "logits"
+
+
+@recorded
+def test_logits(measured, entry):
+    assert min(measured(*entry)["durations"]) > 0
