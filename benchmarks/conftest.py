@@ -123,6 +123,7 @@ class Session:
         self.start = time.monotonic()
         self.sources = _sources()
         self.done: dict[tuple[str, str], tuple[list, list]] = {}
+        self.failed: dict[tuple[str, str], Exception] = {}
         self._machine: dict | None = None
 
     @property
@@ -160,8 +161,15 @@ class Session:
                 [{"level": level, "case": case, "peer": peer, "reason": why} for peer in peers],
             )
             return self.done[at]
+        if at in self.failed:
+            raise self.failed[at]
         self.machine()
-        self.done[at] = run()
+        try:
+            self.done[at] = run()
+        except Exception as error:
+            # every test of the case says so, and none measures it again
+            self.failed[at] = error
+            raise
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         with self.partial.open("a", encoding="utf-8") as file:
             # a line that was cut off ends here

@@ -76,6 +76,8 @@ class LinearHead:
     dtype: torch.dtype = field(init=False)
     """fp32, or fp64 for fp64 inputs: logits, statistics and accumulators."""
     chunk_rows: int = field(init=False)
+    buffer: Tensor | None = field(init=False, default=None)
+    """(chunk_rows, V) logits of the chunk that is being worked on."""
 
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
@@ -116,7 +118,12 @@ class LinearHead:
             return
         V, H = self.weight.shape
         size = min(self.chunk_rows, round_up(n))
-        buffer = torch.empty(size, V, dtype=self.dtype, device=self.hidden.device)
+        # one for all passes over the rows: on CPU the first touch of 138 MiB costs as much as a
+        # tenth of the product that fills it
+        if self.buffer is None or self.buffer.shape[0] < size:
+            self.buffer = None
+            self.buffer = torch.empty(size, V, dtype=self.dtype, device=self.hidden.device)
+        buffer = self.buffer
         for start in range(0, n, size):
             k = min(size, n - start)
             padded = round_up(k)
@@ -149,6 +156,8 @@ class HeadGradients:
     dhidden: Tensor | None = None
     dweight: Tensor | None = None
     dbias: Tensor | None = None
+    empty: bool = True
+    """No chunk was added so far, and dweight holds whatever its memory held."""
 
     def __post_init__(self) -> None:
         head, dtype = self.head, self.head.dtype
@@ -159,7 +168,7 @@ class HeadGradients:
         if self.needs[1]:
             # fp32 (V, H) whatever the weight is stored in: summed over chunks, downcast once by the
             # caller
-            self.dweight = torch.zeros_like(
+            self.dweight = torch.empty_like(
                 head.weight, dtype=dtype, memory_format=torch.contiguous_format
             )
         if self.needs[2]:
@@ -180,12 +189,15 @@ class HeadGradients:
             if index is not None:
                 self.dhidden[index[chunk.rows]] = out
         if self.dweight is not None:
-            gemm.weight_gradient(dlogits, chunk.hidden, self.dweight)
+            gemm.weight_gradient(dlogits, chunk.hidden, self.dweight, first=self.empty)
         if self.dbias is not None:
             self.dbias += dlogits.sum(0, dtype=self.head.dtype)
+        self.empty = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dhidden, dweight and dbias in fp32, with the scale taken out."""
+        if self.empty and self.dweight is not None:
+            self.dweight.zero_()
         if self.scale is not None:
             for grad in (self.dweight, self.dbias):
                 if grad is not None:

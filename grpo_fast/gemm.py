@@ -55,13 +55,20 @@ def input_gradient(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
             out.addmm_(dlogits[:, part].to(out.dtype), weight[part].to(out.dtype))
 
 
-def weight_gradient(dlogits: Tensor, hidden: Tensor, out: Tensor) -> None:
-    """out (V, H) += dlogits.T (V, n) @ hidden (n, H); out is the fp32 (or fp64) accumulator."""
+def weight_gradient(dlogits: Tensor, hidden: Tensor, out: Tensor, *, first: bool) -> None:
+    """out (V, H) += dlogits.T (V, n) @ hidden (n, H); out is the fp32 (or fp64) accumulator.
+
+    first: out holds nothing yet and is written without being read, which saves two passes over it.
+    """
     if dlogits.dtype == hidden.dtype == out.dtype:
-        out.addmm_(dlogits.t(), hidden)
+        torch.mm(dlogits.t(), hidden, out=out) if first else out.addmm_(dlogits.t(), hidden)
     elif _mixed(dlogits, hidden, out):
-        torch.addmm(out, dlogits.t(), hidden, out_dtype=out.dtype, out=out)
+        if first:
+            torch.mm(dlogits.t(), hidden, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, dlogits.t(), hidden, out_dtype=out.dtype, out=out)
     else:
         upcast = hidden.to(out.dtype)
         for part in _slices(out):
-            out[part].addmm_(dlogits[:, part].to(out.dtype).t(), upcast)
+            left = dlogits[:, part].to(out.dtype).t()
+            torch.mm(left, upcast, out=out[part]) if first else out[part].addmm_(left, upcast)
