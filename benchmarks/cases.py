@@ -147,7 +147,7 @@ def make(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Batch
 
 
 _SMOL, _QWEN = {"H": 576, "V": 49152}, {"H": 1024, "V": 151936}
-_RL_LOSSES = ("grpo_fast", "torch", "TRL", "Liger")
+_RL_LOSSES = ("grpo_fast", "grpo_fast, active rows", "torch", "TRL", "Liger")
 _FEW = (*_RL_LOSSES, "torch.compile", "CCE torch")
 _TINY = {"H": 32, "V": 515, "only": _RL_LOSSES}
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases import Batch, Case
+from cases import Batch, Case, tokens
 from peer import (
     IGNORED,
     LogitsBatch,
@@ -31,16 +31,29 @@ from grpo_fast import __version__, linear_logprob, linear_policy_loss, policy_lo
 __all__ = ["PEERS", "LogitsBatch", "Peer", "reason", "torch_loss", "version"]
 
 
-def _ours_linear(case: Case) -> Callable[[Batch], Tensor]:
+def _ours_linear(case: Case, skip: bool = False) -> Callable[[Batch], Tensor]:
     config = case.config
 
     def run(batch: Batch) -> Tensor:
         given = {"mask": batch.mask, "old_logp": batch.old_logp, "ref_logp": batch.ref_logp}
         return linear_policy_loss(
-            batch.hidden, batch.weight, batch.ids, batch.advantages, config=config, **given
+            batch.hidden,
+            batch.weight,
+            batch.ids,
+            batch.advantages,
+            config=config,
+            skip_inactive_forward=skip,
+            **given,
         )[0]
 
     return run
+
+
+def _nothing_to_skip(case: Case, level: str, device: torch.device) -> str | None:
+    every, active = tokens(case)
+    if case.beta or every == active:
+        return "Every row of this case has a gradient: there is none to skip."
+    return None
 
 
 def _ours_logits(case: Case) -> Callable[[LogitsBatch], tuple[Tensor, Tensor]]:
@@ -140,6 +153,13 @@ PEERS: tuple[Peer, ...] = (
         "grpo_fast",
         "linear_policy_loss, policy_loss (not in place), linear_logprob; defaults",
         {"linear": _ours_linear, "logits": _ours_logits, "logprob": _ours_logprob},
+    ),
+    Peer(
+        "grpo_fast, active rows",
+        "grpo_fast",
+        "linear_policy_loss(skip_inactive_forward=True): no metrics of rows that cannot contribute",
+        {"linear": functools.partial(_ours_linear, skip=True)},
+        _nothing_to_skip,
     ),
     Peer(
         "torch",

@@ -87,7 +87,7 @@ class Contest:
     @property
     def rivals(self) -> list[Record]:
         """The others whose result is right: nobody else can win or be beaten."""
-        return [r for r in self.records if r.peer != OURS and r.exact]
+        return [r for r in self.records if not r.peer.startswith(OURS) and r.exact]
 
     @property
     def lost(self) -> bool:

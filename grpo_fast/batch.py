@@ -11,7 +11,7 @@ from torch import Tensor
 from . import inputs, objectives
 from .config import LossConfig
 from .inputs import Rows
-from .weights import boundaries, spread, token_weights
+from .weights import boundaries, sequence_sum, spread, token_weights
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Batch:
     old_logp: Tensor | None
     ref_logp: Tensor | None
     config: LossConfig
+    n_tokens: int
+    """Unmasked tokens, on the host; rows has fewer where inactive ones are skipped."""
 
     def listed(self, index: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
         """The per-token tensors of the rows in index, in the order of index."""
@@ -66,6 +68,7 @@ def prepare(
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     denominator: Tensor | float | int | None,
+    skip_inactive_forward: bool,
 ) -> Batch:
     """Check everything beside the head or the logits, and flatten it.
 
@@ -82,16 +85,24 @@ def prepare(
         inputs.fail("cu_seqlens", what, None)
     token_advantages = _advantages(advantages, shape, device, cu_seqlens)
     _check_denominator(denominator)
+    if not isinstance(skip_inactive_forward, bool):
+        inputs.fail("skip_inactive_forward", "True or False", repr(skip_inactive_forward))
     if config.beta > 0 and ref_logp is None:
         inputs.fail("ref_logp", f"reference log-probs {shape}, since beta = {config.beta}", None)
+    bounds = None
+    if len(shape) == 2 or cu_seqlens is not None:
+        bounds = boundaries(token_advantages.view(shape), cu_seqlens)
     useful = None
     if not (config.beta > 0 or by_sequence):
         useful = token_advantages != 0
+    elif skip_inactive_forward and by_sequence and config.beta == 0:
+        # one token with an advantage makes the whole sequence's ratio matter
+        alive = sequence_sum((token_advantages != 0).to(token_advantages.dtype), bounds)
+        useful = spread(alive, bounds, token_advantages.numel()) != 0
     rows = inputs.flatten(ids, mask, V, shape, device, useful)
-    flat = rows.mask
-    bounds = None
-    if len(shape) == 2 or cu_seqlens is not None:
-        bounds = boundaries(flat.view(shape), cu_seqlens)
+    flat, n_tokens = rows.mask, rows.n_unmasked
+    if skip_inactive_forward and useful is not None:
+        rows = Rows(rows.ids, flat & useful, rows.order, rows.n_gradient, rows.n_gradient)
     return Batch(
         rows,
         bounds,
@@ -100,6 +111,7 @@ def prepare(
         inputs.per_token("old_logp", old_logp, shape, flat),
         inputs.per_token("ref_logp", ref_logp, shape, flat),
         config,
+        n_tokens,
     )
 
 

@@ -166,6 +166,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     denominator: Tensor | float | int | None = None,
+    skip_inactive_forward: bool = False,
     workspace_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO-family loss from hidden states and the lm_head, without ever holding the (N, V) logits.
@@ -193,6 +194,9 @@ def linear_policy_loss(
         denominator: the count that the loss type divides by (`weights.count`), over the
             accumulation window and all ranks (divided by the world size when gradients are
             averaged), which makes bnpo the same as dapo; None: this call's.
+        skip_inactive_forward: without a KL, leave out the rows that can add nothing to the loss or
+            to a gradient (advantage 0; at sequence level, all of a sequence's): 2NHV less for each.
+            The loss and the gradients are the same; metrics are then means over the others.
         workspace_bytes: bound in bytes on the logits and the scratch of one call, on top of the
             fp32 gradients of hidden and weight (and, under CUDA autocast, their cast copies);
             None: 1 GiB on CUDA, 384 MiB elsewhere.
@@ -221,6 +225,7 @@ def linear_policy_loss(
         old_logp=old_logp,
         ref_logp=ref_logp,
         denominator=denominator,
+        skip_inactive_forward=skip_inactive_forward,
     )
     flat = hidden.reshape(-1, hidden.shape[-1])
     tensors = (flat, weight, bias)
@@ -247,7 +252,11 @@ def linear_policy_loss(
             if any(needs):
                 gradients = head_gradients(head, rows.ids, stats, (terms.dlogp, None, None), needs)
         loss, metrics = summarize(
-            terms, batch.rows.n_unmasked, batch.ref_logp is not None, config.ratio_bounds
+            terms,
+            batch.rows.n_unmasked,
+            batch.n_tokens,
+            batch.ref_logp is not None,
+            config.ratio_bounds,
         )
     return (_Attach.apply(loss, gradients, None, *tensors) if any(needs) else loss), metrics
 
@@ -313,6 +322,7 @@ def policy_loss(
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     denominator: Tensor | float | int | None = None,
+    skip_inactive_forward: bool = False,
     inplace: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO-family loss from given logits, with logp = log_softmax(logits / temperature)[ids].
@@ -354,13 +364,15 @@ def policy_loss(
         old_logp=old_logp,
         ref_logp=ref_logp,
         denominator=denominator,
+        skip_inactive_forward=skip_inactive_forward,
     )
     with torch.no_grad():
         cube = logits.detach() if logits.dim() == 3 else logits.detach()[None]
         out = None
         if needed:
             out = cube if inplace else torch.empty_like(cube, memory_format=torch.contiguous_format)
-        active = None if mask is None else batch.rows.mask
+        whole = mask is None and batch.rows.n_unmasked == batch.n_tokens
+        active = None if whole else batch.rows.mask
         level = config.importance_sampling_level
         one_pass = level == "token" and logits.dtype != torch.float16
         route = _logits_one_pass if one_pass else _logits_two_pass
@@ -368,7 +380,11 @@ def policy_loss(
         if needed and inplace:
             torch.autograd.graph.increment_version(logits)
         loss, metrics = summarize(
-            terms, batch.rows.n_unmasked, batch.ref_logp is not None, config.ratio_bounds
+            terms,
+            batch.rows.n_unmasked,
+            batch.n_tokens,
+            batch.ref_logp is not None,
+            config.ratio_bounds,
         )
     if not needed:
         return loss, metrics

@@ -27,9 +27,12 @@ class Terms(NamedTuple):
 
 
 def summarize(
-    terms: Terms, n_tokens: int, has_ref: bool, bounds: tuple[float, float]
+    terms: Terms, n_rows: int, n_tokens: int, has_ref: bool, bounds: tuple[float, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the losses, and metrics over the unmasked tokens (means unless said otherwise).
+
+    With `skip_inactive_forward` the rows that were computed stand for the tokens, in all but
+    `tokens`.
 
     Returns:
         loss: 0-d; exactly 0 when everything is masked.
@@ -41,14 +44,14 @@ def summarize(
     """
     total = terms.loss.sum()
     device, dtype = total.device, total.dtype
-    n = max(n_tokens, 1)
+    n = max(n_rows, 1)
     mask = torch.ones_like(terms.loss, dtype=torch.bool) if terms.mask is None else terms.mask
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(mask, values, torch.zeros_like(values)).sum() / n
 
     def extreme(high: bool) -> Tensor:
-        if n_tokens == 0:
+        if n_rows == 0:
             return torch.ones((), device=device, dtype=dtype)
         fill = torch.full_like(terms.ratio, -torch.inf if high else torch.inf)
         ratio = torch.where(mask, terms.ratio, fill)

@@ -206,6 +206,57 @@ def check_zero_advantages_leave_the_backward() -> None:
     assert metrics["active_rows"] == case.mask.sum()
 
 
+def check_skipped_rows(level: str, per_token: bool, objective: str) -> None:
+    """Without the rows that cannot matter: the same loss and gradients; what they hold is not read.
+
+    Means of metrics are those of the rows that are left, and `tokens` counts all.
+    """
+    case = make_case(lengths=(9, 4, 7, 6))
+    advantages = torch.tensor([1.3, 0.0, -0.7, 0.0])
+    alive = (advantages != 0)[:, None].expand(4, 9)
+    if per_token:
+        advantages = advantages[:, None].repeat(1, 9)
+        advantages[0, ::2] = 0.0
+        # a sequence-level ratio is made of all tokens of its sequence
+        alive = advantages != 0 if level == "token" else alive
+    config = LossConfig(
+        loss_type=objective,
+        importance_sampling_level=level,
+        epsilon_high=5.0 if objective == "cispo" else None,
+        temperature=0.9,
+    )
+    given = {"config": config, "mask": case.mask, "old_logp": case.old_logp}
+    results = []
+    for skip in (False, True):
+        hidden, weight = case.hidden.clone(), case.weight.clone().requires_grad_()
+        if skip:
+            hidden[~alive] = float("nan")
+        hidden.requires_grad_()
+        loss, metrics = linear_policy_loss(
+            hidden, weight, case.ids, advantages, **given, skip_inactive_forward=skip
+        )
+        loss.backward()
+        results.append((loss.detach(), weight.grad, hidden.grad, metrics))
+    (loss, dweight, dhidden, full), (loss_, dweight_, dhidden_, fewer) = results
+    assert relative(loss_, loss) < 1e-6 and relative(dweight_, dweight) < 1e-6
+    assert relative(dhidden_, dhidden) < 1e-6 and not dhidden_[~alive].any()
+    assert full["tokens"] == fewer["tokens"] == case.mask.sum()
+    assert full["active_rows"] == fewer["active_rows"]
+    _, entropy, _ = reference.logprob(
+        reference.head_logits(torch.nan_to_num(case.hidden).double(), case.weight.double()),
+        torch.where(case.mask, case.ids, torch.zeros_like(case.ids)),
+        0.9,
+    )
+    want = entropy[case.mask & alive].mean()
+    assert abs(fewer["entropy"] - want) < 1e-5 * want and fewer["entropy"] != full["entropy"]
+    logits = reference.head_logits(torch.nan_to_num(case.hidden), case.weight)
+    logits[~(case.mask & alive)] = float("nan")
+    leaf = logits.requires_grad_()
+    loss_, fewer = policy_loss(leaf, case.ids, advantages, **given, skip_inactive_forward=True)
+    loss_.backward()
+    assert relative(loss_, loss) < 1e-5 and not leaf.grad[~alive].any()
+
+
 def check_beyond_the_clamp(beta: float, weighted: bool) -> None:
     """Log-ratios of +-22 nats: value e^20 and e^-20, no gradient through the ratio, as in
     reference."""

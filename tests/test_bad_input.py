@@ -84,6 +84,7 @@ BAD = [
     ("logit_scale", lambda t: 0.0, "0"),
     ("workspace_bytes", lambda t: 1000, "1000"),
     ("workspace_bytes", lambda t: 1e9, "1000000000"),
+    ("skip_inactive_forward", lambda t: 1, "got 1"),
     ("config", lambda t: {"loss_type": "grpo"}, "dict"),
 ]
 

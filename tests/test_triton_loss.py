@@ -15,6 +15,7 @@ from checks import (
     check_linear,
     check_logits,
     check_many_chunks,
+    check_skipped_rows,
     check_zero_advantages_leave_the_backward,
 )
 from loss_cases import configurations
@@ -51,6 +52,13 @@ def test_many_chunks(level, use_old):
 
 def test_zero_advantages_leave_the_backward():
     check_zero_advantages_leave_the_backward()
+
+
+@pytest.mark.parametrize("objective", ["grpo", "cispo"])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_skipped_rows(level, per_token, objective):
+    check_skipped_rows(level, per_token, objective)
 
 
 @pytest.mark.parametrize("beta, weighted", [(0.0, False), (1e-9, False), (1e-9, True)])
