@@ -58,6 +58,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.grpo_fast = Session(config)
+    target = config.getoption("benchmark_json", None)
+    if target:
+        # pytest-benchmark opens it when everything is measured, and does not make its folder
+        Path(target).absolute().parent.mkdir(parents=True, exist_ok=True)
 
 
 def pytest_generate_tests(metafunc):
@@ -170,11 +174,14 @@ class Session:
             # every test of the case says so, and none measures it again
             self.failed[at] = error
             raise
+        self._keep(at, *self.done[at])
+        return self.done[at]
+
+    def _keep(self, at: tuple[str, str] | str, records: object, skipped: list) -> None:
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         with self.partial.open("a", encoding="utf-8") as file:
             # a line that was cut off ends here
-            file.write("\n" + json.dumps([self.key, at, *self.done[at]]))
-        return self.done[at]
+            file.write("\n" + json.dumps([self.key, at, records, skipped]))
 
     def _take_up(self) -> None:
         if self.config.getoption("--fresh"):
@@ -187,7 +194,9 @@ class Session:
                 key, at, records, skipped = json.loads(line)
             except ValueError:
                 continue
-            if key == self.key:
+            if key == self.key and at == "machine":
+                self._machine = records
+            elif key == self.key:
                 self.done[tuple(at)] = (records, skipped)
 
     def _measure(self, level: str, case: Case) -> tuple[list[dict], list[dict]]:
@@ -220,6 +229,8 @@ class Session:
                 "case_set": self.set,
                 **timing.ceilings(self.device),
             }
+            # measured when the cases are, not when a stopped run goes on beside something else
+            self._keep("machine", self._machine, [])
         return self._machine
 
 

@@ -26,9 +26,9 @@ def run(*options: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    done = run(f"--benchmark-json={folder / 'r.json'}", f"--partial={folder / 'p.jsonl'}")
+    done = run(f"--benchmark-json={folder / 'new' / 'r.json'}", f"--partial={folder / 'p.jsonl'}")
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, json.loads((folder / "r.json").read_text())
+    return folder, json.loads((folder / "new" / "r.json").read_text())
 
 
 def test_every_contestant_is_a_result_or_a_reason(result):
@@ -73,11 +73,12 @@ def case_of(entry: dict) -> dict:
 def test_a_stopped_run_goes_on_and_changed_sources_do_not(result):
     folder, first = result
     lines = (folder / "p.jsonl").read_text().strip().split("\n")
-    assert len(lines) == 3
+    machine, *lines = lines
+    assert len(lines) == 3 and '"machine"' in machine
     # killed while it wrote its last line; and a line of other sources
     other = lines[1].replace(first["sources"], "0" * 12)
     assert other != lines[1]
-    (folder / "p.jsonl").write_text(f"{lines[0]}\n{other}\n{lines[2][:50]}")
+    (folder / "p.jsonl").write_text(f"{machine}\n{lines[0]}\n{other}\n{lines[2][:50]}")
     done = run(f"--benchmark-json={folder / 's.json'}", f"--partial={folder / 'p.jsonl'}")
     assert done.returncode == 0, done.stdout + done.stderr
     second = json.loads((folder / "s.json").read_text())
@@ -86,6 +87,7 @@ def test_a_stopped_run_goes_on_and_changed_sources_do_not(result):
         return [b["stats"]["median"] for b in data["benchmarks"] if case_of(b)["name"] == name]
 
     assert times(first, "tiny") == times(second, "tiny")
+    assert first["machine_info"]["gemm_flops"] == second["machine_info"]["gemm_flops"]
     for name in ("tiny-old-kl", "tiny-frozen"):
         assert times(first, name) != times(second, name) and len(times(second, name)) > 1
 
