@@ -14,6 +14,8 @@ from pathlib import Path
 
 # torch's profiler announces every start and stop on the terminal otherwise
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+# and TRL reports its use to a hub
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import timing

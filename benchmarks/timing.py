@@ -104,6 +104,7 @@ def relative(got: Tensor, want: Tensor, rows: int = 4096) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU still has to do; nothing elsewhere."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -47,16 +47,20 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_file_and_function_length(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
-    lengths = {f.name: body_lines(f) for f in functions(path)}
-    assert {f: n for f, n in lengths.items() if n > 60} == {}
+    lengths = [(f.name, body_lines(f)) for f in functions(path)]
+    assert [(f, n) for f, n in lengths if n > 60] == []
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name)
 def test_public_functions_are_documented(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert ast.get_docstring(tree)
-    public = [f for f in functions(path) if f in tree.body and not f.name.startswith("_")]
-    assert [f.name for f in public if not ast.get_docstring(f) and f.name != "main"] == []
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    public = [f for f in tree.body if isinstance(f, kinds) and not f.name.startswith("_")]
+    # what a reader calls `main` or pytest calls by its own names says nothing new
+    known = ("main", "test_", "pytest_")
+    bare = [f.name for f in public if not ast.get_docstring(f) and not f.name.startswith(known)]
+    assert bare == []
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
