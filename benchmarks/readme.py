@@ -7,6 +7,7 @@ from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
+import fits
 from records import OURS, STEP, Contest, Record, Result, head, positions
 from wording import MIB, NONE, ROOT, number, plural, table, where
 
@@ -96,6 +97,7 @@ def _block(result: Result) -> list[str]:
         "",
         *table(header, map(_row, rows)),
         "",
+        *fits.readme_lines(result, USUAL),
     ]
     if left := len(shown) - len(rows):
         lines += [f"Also in the report, none lost: {plural(left, 'case')} of a forward pass.", ""]

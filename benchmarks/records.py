@@ -13,10 +13,17 @@ OURS = "grpo_fast"
 # A whole optimizer step is counted in tokens per second, of which contestants may see unequal
 # numbers; the other levels give all of them the same tensors.
 STEP = "step"
+# How much fits in a given memory; compared by that and not by time.
+FIT = "fit"
 # What every record has, and what every record has that was compared with float64.
 ALWAYS = ("level", "case", "peer", "tokens")
 COMPARED = ("pass", "error", "exact", "peak_bytes", "floor_flops", "floor_bytes")
 COMPARED_LEVELS = ("linear", "logits", "logprob")
+# Questions of level fit, with what each answer has besides `fits`, positions or parameters.
+QUESTIONS = {
+    "longest context": ("verified", "fixed_bytes", "bytes_per_position", "points"),
+    "largest model": ("model", "how", "need_bytes"),
+}
 MACHINE = ("device", "device_name", "driver", "threads", "versions")
 # Fields of a case in the order in which they are named; what is at its default is not.
 DEFAULTS = {
@@ -39,7 +46,7 @@ class Record:
     case: dict[str, Any]
     peer: str
     tokens: int
-    """Unmasked tokens."""
+    """Unmasked tokens; at level fit those of one of the runs."""
     median: float
     """Seconds, as are all times."""
     iqr: float
@@ -67,7 +74,9 @@ class Record:
 
     @property
     def cost(self) -> float:
-        """What is compared: seconds, for a whole step seconds per token."""
+        """What is compared: seconds, for a whole step per token; of what fits the inverse."""
+        if self.level == FIT:
+            return 1 / self.info["fits"] if self.info["fits"] else math.inf
         return self.median / self.tokens if self.level == STEP else self.median
 
 
@@ -102,7 +111,9 @@ class Contest:
     @property
     def won(self) -> bool:
         """Whether there was someone to beat, and ours beat all of them with a right result."""
-        return self.ours is not None and self.ours.exact and bool(self.rivals) and not self.lost
+        if self.ours is None or not self.ours.exact or self.lost:
+            return False
+        return bool(self.rivals) and all(r.cost > self.ours.cost for r in self.rivals)
 
     @property
     def smaller(self) -> Record | None:
@@ -130,12 +141,15 @@ class Result:
     """ISO 8601, UTC."""
     sources: str | None
     contests: tuple[Contest, ...]
+    """Of the levels that are timed."""
+    fits: tuple[Contest, ...]
+    """Of level fit."""
     skipped: tuple[dict[str, Any], ...]
 
     @property
     def peers(self) -> list[str]:
         """Contestants in order of appearance, ours first."""
-        names = dict.fromkeys(r.peer for c in self.contests for r in c.records)
+        names = dict.fromkeys(r.peer for c in self.contests + self.fits for r in c.records)
         return sorted(names, key=lambda name: (name != OURS, name))
 
     def share(self, record: Record) -> float | None:
@@ -197,6 +211,7 @@ def read(path: Path) -> Result:
     if lacking := [key for key in MACHINE if key not in machine]:
         raise ValueError(f"{path}: machine_info lacks {', '.join(lacking)}")
     records = [_record(path, entry) for entry in data["benchmarks"]]
+    contests = _contests(path, records)
     commit = data.get("commit_info") or {}
     return Result(
         path,
@@ -205,7 +220,8 @@ def read(path: Path) -> Result:
         bool(commit.get("dirty")),
         data["datetime"],
         data.get("sources"),
-        tuple(_contests(path, records)),
+        tuple(c for c in contests if c.level != FIT),
+        tuple(c for c in contests if c.level == FIT),
         tuple(_skipped(path, data.get("skipped", []))),
     )
 
@@ -214,12 +230,16 @@ def _record(path: Path, entry: dict[str, Any]) -> Record:
     info, stats = entry.get("extra_info") or {}, entry.get("stats") or {}
     at = f"{path}: {entry.get('name', 'a benchmark without a name')}"
     wanted = ALWAYS + (COMPARED if info.get("level") in COMPARED_LEVELS else ())
+    if info.get("level") == FIT:
+        wanted += ("pass", "fits", *QUESTIONS.get(info.get("pass"), ()))
     if lacking := [key for key in wanted if key not in info]:
         raise ValueError(f"{at}: extra_info lacks {', '.join(lacking)}")
     if lacking := [key for key in ("median", "iqr", "rounds") if key not in stats]:
         raise ValueError(f"{at}: stats lack {', '.join(lacking)}")
     if not isinstance(info["case"], dict) or "name" not in info["case"]:
         raise ValueError(f"{at}: case: expected a mapping with a name, got {info['case']!r}")
+    if info["level"] == FIT:
+        _check_fit(at, info)
     for key, value in (("median", stats["median"]), ("tokens", info["tokens"])):
         if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
             raise ValueError(f"{at}: {key}: expected a number above 0, got {value!r}")
@@ -234,6 +254,18 @@ def _record(path: Path, entry: dict[str, Any]) -> Record:
         stats["rounds"],
         info,
     )
+
+
+def _check_fit(at: str, info: dict[str, Any]) -> None:
+    if info["pass"] not in QUESTIONS:
+        raise ValueError(
+            f"{at}: pass: expected one of {', '.join(QUESTIONS)}, got {info['pass']!r}"
+        )
+    if "budget" not in info["case"]:
+        raise ValueError(f"{at}: case: lacks budget")
+    fits = info["fits"]
+    if not (isinstance(fits, int) and fits >= 0):
+        raise ValueError(f"{at}: fits: expected a whole number, 0 or more, got {fits!r}")
 
 
 def _contests(path: Path, records: Iterable[Record]) -> list[Contest]:

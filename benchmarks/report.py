@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fits
 from readme import README, RESULTS, committed, readme_block, replaced
 from records import OURS, STEP, Contest, Record, Result, floor_of, head, positions, read
 from wording import (
@@ -155,7 +156,7 @@ def summary(result: Result) -> list[str]:
     if others:
         rows = [(name_of(c), verdict(c), memory_verdict(c) or NONE) for c in others]
         lines += ["", *table(("case", "time", "memory"), rows)]
-    return lines
+    return lines + fits.summary(result)
 
 
 def _not_run(result: Result) -> list[str]:
@@ -176,7 +177,9 @@ def _contestants(result: Result) -> list[str]:
     """Who took part; what is called may differ from level to level."""
     rows: dict[tuple[str, str, str], None] = {}
     for peer in result.peers:
-        for record in (r for c in result.contests for r in c.records if r.peer == peer):
+        for record in (
+            r for c in result.contests + result.fits for r in c.records if r.peer == peer
+        ):
             what = record.info.get("what") or NONE
             rows[peer, record.info.get("version") or NONE, what] = None
     return table(("contestant", "version", "what is called"), rows)
@@ -206,6 +209,7 @@ def page(result: Result, charts: dict[str, Path]) -> str:
             level = contest.level
             lines += [f"## {level}: {LEVELS[level]}" if level in LEVELS else f"## {level}", ""]
         lines += _section(result, contest)
+    lines += fits.sections(result)
     return "\n".join([*lines, "## Not run", "", *_not_run(result)]) + "\n"
 
 
