@@ -159,7 +159,16 @@ CASES: dict[str, dict[str, tuple[Case, ...]]] = {
     "cpu": {
         "linear": (
             Case("smollm2-rollout", 8, 256, **_SMOL, lengths="alternate", active=0.5),
-            Case("smollm2-half-size", 4, 256, **_SMOL, lengths="alternate", active=0.5, only=_FEW),
+            Case(
+                "smollm2-half-size",
+                4,
+                256,
+                **_SMOL,
+                lengths="alternate",
+                active=0.5,
+                only=_FEW,
+                passes=(_BOTH,),
+            ),
             Case("smollm2-all-active", 4, 256, **_SMOL, only=_FEW, passes=(_BOTH,)),
             Case(
                 "smollm2-old-kl",
@@ -173,10 +182,9 @@ CASES: dict[str, dict[str, tuple[Case, ...]]] = {
                 passes=(_BOTH,),
             ),
             Case("smollm2-frozen", 4, 256, **_SMOL, trainable=False, only=_FEW, passes=(_BOTH,)),
-            Case("smollm2-flat", 2, 256, **_SMOL, flat=True, only=_FEW, passes=(_BOTH,)),
         ),
         "logits": (Case("smollm2-logits", 4, 256, **_SMOL, lengths="rollout"),),
-        "logprob": (Case("smollm2-logprob", 4, 256, **_SMOL, lengths="alternate", only=_FEW),),
+        "logprob": (Case("smollm2-logprob", 2, 256, **_SMOL, lengths="alternate", only=_FEW),),
     },
     # `make bench-large`: 2,048 positions at two vocabularies, some 20 minutes on 2 cores
     "cpu-large": {

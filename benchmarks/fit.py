@@ -7,12 +7,13 @@ Not counted: the rest of the model, its activations, the optimizer, other ranks.
 would share those, so that next to a real model all of them fit less. Nor, on CPU, the memory in
 which a BLAS packs operands, some tens of MiB for all.
 
-The bytes of a step at three values of N have to lie on a line, which is followed to the budget.
+The bytes of a step at a few values of N have to lie on a line, which is followed to the budget.
 Then 95 % of the answer is run: on CUDA under that budget, on CPU its bytes are measured. Where the
 line was wrong there, it goes on from that run. An answer that takes too long to run is called
 extrapolated. Once workspaces have their full size, every moment of a step takes memory linear in
 N, and the worst of them convex: an extrapolated answer is the most that can fit, and fewer do where
-another moment is the worst at larger N.
+another moment is the worst at larger N. To find such a moment, long sequences are run with a very
+small vocabulary, which is quick: what they need, and the rest of the weight, no answer undercuts.
 
 The largest model is that of a list of real ones whose loss step at N positions fits: run at the
 shape of its head where that is quick, else by the contestant's law: a line in H through two heads
@@ -173,6 +174,11 @@ class Contestant:
         points = self.case.points_of.get(self.peer.name, self.case.points)
         return line(*(self._at(n, self.case.H) for n in points))
 
+    @functools.cached_property
+    def far(self) -> Line:
+        """Memory by N of long sequences with a very small vocabulary."""
+        return line(*(self.run(n, V=self.case.far_V) for n in self.case.far))
+
     def longest(self, budget: int) -> dict[str, Any]:
         """The most positions whose step fits; 0 where not even its smallest run did.
 
@@ -189,7 +195,7 @@ class Contestant:
             n = int((budget - found.fixed) / found.slope)
             k = int(n * share)
             if self._seconds(k, self.case.H, self.case.V) > self.case.verify_seconds:
-                return self._answer(found, n, None)
+                return self._answer(found, min(n, self._bound(n, budget)), None)
             try:
                 done = self.run(k, budget=budget)
             except torch.OutOfMemoryError:
@@ -215,6 +221,14 @@ class Contestant:
             "bytes_per_position": found.slope,
             "points": [[s.positions, s.bytes] for s in found.samples],
         }
+
+    def _bound(self, n: int, budget: int) -> int:
+        """Positions that a small vocabulary leaves room for; n where that is less far to run."""
+        case = self.case
+        if case.far_V == 0 or n <= case.far[0]:
+            return n
+        rest = case.H * (case.V - case.far_V) * case.dtype.itemsize
+        return int((budget - rest - self.far.fixed) / self.far.slope)
 
     def largest(self, budget: int) -> dict[str, Any]:
         """The model with the most parameters whose loss step fits; fits is 0 where none does.

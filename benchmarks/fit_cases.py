@@ -51,7 +51,7 @@ class FitCase:
     name: str
     H: int
     V: int
-    points: tuple[int, int, int]
+    points: tuple[int, ...]
     """Positions at which memory is measured, doubled each time since some chunk sizes are powers of
     two. From about H / 2 on logits outweigh what comes after them, the gradient of the weight."""
     budgets: dict[str, int]
@@ -61,8 +61,11 @@ class FitCase:
     dtype: torch.dtype = torch.float32
     reserve: int = 0
     """Bytes that were taken off a device's memory to get a budget."""
-    points_of: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    points_of: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Other points, by contestant: its workspace has its full size from the first of them on."""
+    far: tuple[int, int] = (0, 0)
+    """Positions that are run with a vocabulary of far_V; beyond what workspaces hold of them."""
+    far_V: int = 0
     narrow: int = 0
     """Another, smaller H to measure at, for the law in H; 0: there is no law."""
     verify_seconds: float = 20.0
@@ -85,11 +88,13 @@ FIT_CASES: dict[str, tuple[FitCase, ...]] = {
             SMOLLM2,
             # TRL's is full at 4,096 positions, which take 4 GiB: its answers lie before that
             points_of={
-                "grpo_fast": (2048, 2176, 2432),
-                "Liger": (2048, 2176, 2432),
-                "verl": (1024, 1152, 1408),
+                "grpo_fast": (2048, 2112, 2240),
+                "Liger": (2048, 2112, 2240),
+                "verl": (1024, 1088, 1216),
             },
-            narrow=192,
+            far=(65536, 98304),
+            far_V=128,
+            narrow=288,
             verify_seconds=4.0,
             model_seconds=0.0,
             only=("grpo_fast", "torch", "torch LCE", "TRL", "Liger", "CCE torch", "verl"),
@@ -107,6 +112,8 @@ FIT_CASES: dict[str, tuple[FitCase, ...]] = {
             MODELS,
             torch.bfloat16,
             reserve=_CARD_RESERVE,
+            far=(262144, 524288),
+            far_V=1024,
             only=(
                 *("grpo_fast", "torch", "torch LCE", "TRL", "Liger", "Liger FLCE"),
                 *("CCE", "CCE exact", "verl", "verl Triton"),

@@ -115,6 +115,18 @@ def test_what_takes_too_long_is_extrapolated_and_not_run():
     assert abs(found["fits"] - most(lambda n, H, V: 4 * n * V, 1 << 20)) <= 2
 
 
+def test_a_later_moment_bounds_what_is_extrapolated():
+    def scratch(n, H, V):
+        return max(60_000 + n, 1200 * (n - 450))
+
+    alone = one(scratch, verify_seconds=0).longest(1 << 20)["fits"]
+    asked = one(scratch, verify_seconds=0, far=(2000, 4000), far_V=8)
+    found, want = asked.longest(1 << 20), most(scratch, 1 << 20)
+    assert want < found["fits"] < 1.02 * want and alone > 5 * want and not found["verified"]
+    # what is within reach of the long runs is left to the line
+    assert one(scratch, verify_seconds=0, far=(10**6, 2 * 10**6)).longest(1 << 20)["fits"] == alone
+
+
 def test_nothing_fits():
     found = one(lambda n, H, V: 1 << 20).longest(1 << 20)
     assert found["fits"] == 0 and found["run_positions"] == 64 and found["run_bytes"] > 1 << 20
@@ -201,6 +213,7 @@ def test_cases_are_sound():
         (case,) = fit.FIT_CASES[name]
         first = case.points_of.get("grpo_fast", case.points)[0]
         assert first * case.V * 4 >= DEFAULT_WORKSPACE[device]
+        assert case.far[0] * 4 * (case.far_V + 3 * case.H) >= DEFAULT_WORKSPACE[device]
 
 
 def test_driver_end_to_end(tmp_path):
