@@ -44,7 +44,7 @@ def pytest_addoption(parser):
         "--time-limit",
         type=float,
         default=None,
-        help="seconds after which no further case is started (default: cpu 840, gpu 480)",
+        help="seconds after which no further case is started (default: cpu 800, gpu 480)",
     )
     group.addoption(
         "--fresh", action="store_true", help="measure again what an earlier run has measured"
@@ -124,7 +124,7 @@ class Session:
             raise pytest.UsageError("--cases gpu needs an NVIDIA GPU, and torch sees none")
         self.device = torch.device("cuda" if cuda and self.set in ("gpu", "tiny") else "cpu")
         self.seconds = config.getoption("--seconds-per-case") or (3.0 if gpu else 10.0)
-        limit = {"gpu": 480.0, "cpu": 840.0}.get(self.set, float("inf"))
+        limit = {"gpu": 480.0, "cpu": 800.0}.get(self.set, float("inf"))
         self.limit = config.getoption("--time-limit") or limit
         self.partial = config.getoption("--partial")
         self.start = time.monotonic()
