@@ -13,7 +13,7 @@ line was wrong there, it goes on from that run. An answer that takes too long to
 extrapolated. Once workspaces have their full size, every moment of a step takes memory linear in
 N, and the worst of them convex: an extrapolated answer is the most that can fit, and fewer do where
 another moment is the worst at larger N. To find such a moment, long sequences are run with a very
-small vocabulary, which is quick: what they need, and the rest of the weight, no answer undercuts.
+small vocabulary, which is quick: what they need and the rest of the weight is needed in any case.
 
 The largest model is that of a list of real ones whose loss step at N positions fits: run at the
 shape of its head where that is quick, else by the contestant's law: a line in H through two heads
@@ -225,7 +225,7 @@ class Contestant:
     def _bound(self, n: int, budget: int) -> int:
         """Positions that a small vocabulary leaves room for; n where that is less far to run."""
         case = self.case
-        if case.far_V == 0 or n <= case.far[0]:
+        if self.peer.name not in case.far_only or n <= case.far[0]:
             return n
         rest = case.H * (case.V - case.far_V) * case.dtype.itemsize
         return int((budget - rest - self.far.fixed) / self.far.slope)

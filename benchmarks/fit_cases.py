@@ -66,6 +66,9 @@ class FitCase:
     far: tuple[int, int] = (0, 0)
     """Positions that are run with a vocabulary of far_V; beyond what workspaces hold of them."""
     far_V: int = 0
+    far_only: tuple[str, ...] = ()
+    """Contestants for which that says something: a smaller vocabulary makes no chunk of theirs
+    larger in bytes."""
     narrow: int = 0
     """Another, smaller H to measure at, for the law in H; 0: there is no law."""
     verify_seconds: float = 20.0
@@ -94,6 +97,7 @@ FIT_CASES: dict[str, tuple[FitCase, ...]] = {
             },
             far=(65536, 98304),
             far_V=128,
+            far_only=("grpo_fast", "Liger", "verl"),
             narrow=288,
             verify_seconds=4.0,
             model_seconds=0.0,
@@ -114,6 +118,7 @@ FIT_CASES: dict[str, tuple[FitCase, ...]] = {
             reserve=_CARD_RESERVE,
             far=(262144, 524288),
             far_V=1024,
+            far_only=("grpo_fast", "Liger", "verl", "TRL"),
             only=(
                 *("grpo_fast", "torch", "torch LCE", "TRL", "Liger", "Liger FLCE"),
                 *("CCE", "CCE exact", "verl", "verl Triton"),

@@ -184,6 +184,7 @@ def readme_lines(result: Result, usual: tuple[str, ...]) -> list[str]:
         )
     note = (
         "What fits in a given memory, counting one loss step alone: inputs, gradients and what is"
-        " allocated above them, without the rest of the model. \\* computed from smaller runs."
+        " allocated above them, without the rest of the model. \\* computed from smaller runs: the"
+        " most that can fit."
     )
     return [note, "", *table(("question", OURS, "best other", *usual), rows), ""]

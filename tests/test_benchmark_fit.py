@@ -120,11 +120,12 @@ def test_a_later_moment_bounds_what_is_extrapolated():
         return max(60_000 + n, 1200 * (n - 450))
 
     alone = one(scratch, verify_seconds=0).longest(1 << 20)["fits"]
-    asked = one(scratch, verify_seconds=0, far=(2000, 4000), far_V=8)
+    asked = one(scratch, verify_seconds=0, far=(2000, 4000), far_V=8, far_only=("known",))
     found, want = asked.longest(1 << 20), most(scratch, 1 << 20)
     assert want < found["fits"] < 1.02 * want and alone > 5 * want and not found["verified"]
     # what is within reach of the long runs is left to the line
-    assert one(scratch, verify_seconds=0, far=(10**6, 2 * 10**6)).longest(1 << 20)["fits"] == alone
+    out_of_reach = {"far": (10**6, 2 * 10**6), "far_V": 8, "far_only": ("known",)}
+    assert one(scratch, verify_seconds=0, **out_of_reach).longest(1 << 20)["fits"] == alone
 
 
 def test_nothing_fits():
@@ -205,7 +206,7 @@ def test_records_and_reasons(monkeypatch):
 def test_cases_are_sound():
     names = {one.name for one in PEERS}
     for case in (case for cases in fit.FIT_CASES.values() for case in cases):
-        assert {*case.only, *case.points_of} <= names and "grpo_fast" in case.only
+        assert {*case.only, *case.points_of, *case.far_only} <= names and "grpo_fast" in case.only
         assert len({model.name for model in case.models}) == len(case.models)
         assert min(case.budgets.values()) > 0 and case.narrow < case.H
     # beyond what the default workspace holds, so that the slope is the true one
