@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import inputs, objectives
-from .config import LossConfig
+from .config import OBJECTIVES, LossConfig
 from .inputs import Rows
 from .weights import boundaries, sequence_sum, spread, token_weights
 
@@ -48,9 +48,10 @@ def objective_arguments(config: LossConfig) -> dict[str, object]:
         "token_loss": objectives.token_loss,
         "objective": getattr(objectives, config.preset.objective),
         "kl": getattr(objectives, config.kl_estimator),
-        "through_ratio": config.preset.through_ratio,
+        "kl_gradient": getattr(objectives, config.kl_gradient or config.kl_estimator),
+        "through_ratio": OBJECTIVES[config.preset.objective].through_ratio,
         "weight_kl": config.use_bias_correction_kl,
-        "bounds": (*config.ratio_bounds, config.ratio_cap),
+        "parameters": config.parameters,
         "beta": config.beta,
     }
 
@@ -77,9 +78,9 @@ def prepare(
     if not isinstance(config, LossConfig):
         inputs.fail("config", "a LossConfig", inputs.describe(config))
     inputs.check_cu_seqlens(cu_seqlens, shape, device)
-    by_sequence = config.importance_sampling_level == "sequence"
-    needs_bounds = by_sequence or config.preset.weights == "sequence_mean"
-    needs_count = config.preset.weights != "token_mean" and denominator is None
+    by_sequence = config.level != "token"
+    needs_bounds = by_sequence or config.weights == "sequence_mean"
+    needs_count = config.weights != "token_mean" and denominator is None
     if len(shape) == 1 and cu_seqlens is None and (needs_bounds or needs_count):
         what = f"(S+1,) boundaries for {config.loss_type} on packed (N,) input"
         inputs.fail("cu_seqlens", what, None)

@@ -11,37 +11,101 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
-    """One variant of the loss: which objective, who counts how much, and over what it is
-    averaged."""
+    """One variant of the loss: what each token costs, at which level its ratio is taken, who counts
+    how much, and over what it is averaged."""
 
     objective: str
     """Name of the per-token function in `objectives.py`."""
-    through_ratio: bool
-    """True when the objective's derivative reaches the policy through the importance ratio."""
+    levels: tuple[str, ...]
+    """Levels of the importance ratio it is defined for (`levels.py`), the default first; empty
+    where there is no ratio."""
     weights: str
-    """One of `weights.UNITS`: `sequence_mean`, `token_mean` or `constant_length`."""
+    """Key of `AGGREGATIONS`, the default of `aggregation`."""
     window: bool
     """True when the denominator spans the accumulation window and all ranks, not one
     micro-batch."""
+    advantage: str
+    """How its paper makes advantages of rewards: a function of `advantages.py`, or "given"."""
     source: str
     """The paper the variant comes from (title, year), or who named it."""
 
+
+@dataclass(frozen=True)
+class Objective:
+    """What the engine has to know of a function of `objectives.py`."""
+
+    through_ratio: bool
+    """True when its derivative reaches the policy through the importance ratio."""
+    parameters: tuple[str, ...]
+    """Attributes of `LossConfig` that it gets as its numbers, at most four."""
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "clip": Objective(True, ("ratio_low", "ratio_high", "ratio_cap")),
+    "surrogate": Objective(True, ()),
+    "sapo": Objective(True, ("sapo_temperature_pos", "sapo_temperature_neg")),
+    "cispo": Objective(False, ("ratio_low", "ratio_high")),
+    "reinforce": Objective(False, ()),
+    "vespo": Objective(
+        False, ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+    ),
+    "dppo_tv": Objective(False, ("epsilon", "upper_epsilon", "ratio_cap")),
+    "dppo_kl": Objective(False, ("epsilon", "upper_epsilon", "ratio_cap")),
+}
 
 _GRPO = "DeepSeekMath: Pushing the Limits of Mathematical Reasoning (2024)"
 _DAPO = "DAPO: An Open-Source LLM Reinforcement Learning System at Scale (2025)"
 _BNPO = "TRL's token mean over one micro-batch; not the Beta normalization of BNPO (2025)"
 _DR_GRPO = "Understanding R1-Zero-Like Training: A Critical Perspective (2025)"
 _CISPO = "MiniMax-M1: Scaling Test-Time Compute with Lightning Attention (2025)"
+_SAPO = "Soft Adaptive Policy Optimization (2025)"
+_LUSPO = "Length-Unbiased Sequence Policy Optimization (2026)"
+_VESPO = "VESPO: Variational Sequence-Level Soft Policy Optimization (2026)"
+_GSPO = "Group Sequence Policy Optimization (2025)"
+_GMPO = "Geometric-Mean Policy Optimization (2025)"
+_REINFORCE = "Simple Statistical Gradient-Following Algorithms (1992)"
+_RLOO = "Back to Basics: Revisiting REINFORCE Style Optimization (2024)"
+_PPO = "Proximal Policy Optimization Algorithms (2017), with the dual clip of 2020"
+_DPPO = "Rethinking the Trust Region in LLM Reinforcement Learning (2026)"
+_GPG = "GPG: A Simple and Strong Reinforcement Learning Baseline (2025)"
+_RWR = "Reinforcement Learning by Reward-Weighted Regression (2007), over whole completions"
 
+# geometric mean of the token ratios: GSPO
+_ANY_LEVEL = ("token", "sequence", "sequence_token")
 PRESETS: dict[str, Preset] = {
-    "grpo": Preset("clip", True, "sequence_mean", True, _GRPO),
-    "bnpo": Preset("clip", True, "token_mean", False, _BNPO),
-    "dr_grpo": Preset("clip", True, "constant_length", True, _DR_GRPO),
-    "dapo": Preset("clip", True, "token_mean", True, _DAPO),
-    "cispo": Preset("cispo", False, "token_mean", True, _CISPO),
+    "grpo": Preset("clip", _ANY_LEVEL, "sequence_mean", True, "group", _GRPO),
+    "bnpo": Preset("clip", _ANY_LEVEL, "token_mean", False, "group", _BNPO),
+    "dr_grpo": Preset("clip", _ANY_LEVEL, "constant_length", True, "centered", _DR_GRPO),
+    "dapo": Preset("clip", _ANY_LEVEL, "token_mean", True, "group", _DAPO),
+    "cispo": Preset("cispo", _ANY_LEVEL, "token_mean", True, "group", _CISPO),
+    "sapo": Preset("sapo", _ANY_LEVEL, "sequence_mean", True, "group", _SAPO),
+    "luspo": Preset("clip", ("sequence", "token"), "sequence_sum", True, "group", _LUSPO),
+    "vespo": Preset("vespo", ("sequence_product",), "token_mean", True, "group", _VESPO),
+    "gspo": Preset("clip", ("sequence",), "sequence_mean", True, "group", _GSPO),
+    "gspo_token": Preset("clip", ("sequence_token",), "sequence_mean", True, "group", _GSPO),
+    "gmpo": Preset("surrogate", ("sequence_clipped",), "sequence_mean", True, "group", _GMPO),
+    "reinforce": Preset("reinforce", (), "sequence_sum", True, "given", _REINFORCE),
+    "rloo": Preset("clip", ("sequence_product",), "sequence_mean", True, "leave_one_out", _RLOO),
+    "ppo": Preset("clip", ("token",), "token_mean", True, "given", _PPO),
+    "dppo_tv": Preset("dppo_tv", ("token",), "token_mean", True, "group", _DPPO),
+    "dppo_kl": Preset("dppo_kl", ("token",), "token_mean", True, "group", _DPPO),
+    "gpg": Preset("reinforce", (), "token_mean", True, "centered", _GPG),
+    "reward_weighted": Preset("reinforce", (), "sequence_sum", True, "reward_weights", _RWR),
 }
-KL_ESTIMATORS = ("k1", "k2", "k3")
-LEVELS = ("token", "sequence")
+# what `denominator` counts for each way to aggregate
+AGGREGATIONS = {
+    "sequence_mean": "sequences",
+    "sequence_sum": "sequences",
+    "token_mean": "tokens",
+    "constant_length": "sequences",
+}
+KL_ESTIMATORS = ("k1", "k2", "k3", "absolute")
+LEVELS = ("token", "sequence", "sequence_token", "sequence_product", "sequence_clipped")
+ROLLOUT_CORRECTIONS = tuple(
+    f"{level}_{mode}"
+    for level in ("token", "sequence", "geometric")
+    for mode in ("truncate", "mask")
+)
 
 
 def nearest(name: object, known: tuple[str, ...] | list[str]) -> str:
@@ -62,64 +126,120 @@ def _check_number(
         raise ValueError(f"{name} must be a finite number {bound}, got {value!r}.")
 
 
+# fields that are numbers of at least 0: whether above 0, whether None is allowed
+_NUMBERS = (
+    ("temperature", True, False),
+    ("epsilon", False, False),
+    ("epsilon_high", False, True),
+    ("beta", False, False),
+    ("entropy_coef", False, False),
+    ("top_entropy_quantile", True, False),
+    ("rollout_ratio_min", False, True),
+    ("rollout_ratio_max", True, True),
+    ("off_policy_mask_threshold", False, True),
+    ("sapo_temperature_pos", True, False),
+    ("sapo_temperature_neg", True, False),
+    ("vespo_k_pos", False, False),
+    ("vespo_lambda_pos", True, False),
+    ("vespo_k_neg", False, False),
+    ("vespo_lambda_neg", True, False),
+)
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """Every choice of the policy loss, under the names of TRL's `GRPOConfig`.
 
-    With `r = exp(logp - old_logp)` (token level) or `r = exp(mean_t(logp - old_logp))` (sequence
-    level), advantage `A`, and token weights `w` of the loss type:
+    With the ratio r at its level (token: exp(logp - old_logp)), advantages A, and token weights w:
 
-        token_loss = -min(min(r, delta) * A, clamp(r, 1 - epsilon, 1 + epsilon_high) * A)
-        token_loss = -stop_gradient(min(r, epsilon_high)) * A * logp          # cispo
-        loss = sum(w * (token_loss + beta * [r *] kl(logp, ref_logp)))
+        token_loss = -min(min(r, delta) A, clamp(r, 1 - epsilon, 1 + epsilon_high) A)
+        token_loss = -stop_gradient(min(r, epsilon_high)) A logp              # cispo
+        token_loss = ...                                  # the others: see `objectives.py`
+        A = A * c * keep          # rollout correction, off-policy mask, top-entropy set; see below
+        loss = sum(w * (token_loss + beta [r] kl(logp, ref_logp) - entropy_coef * entropy))
 
     Raises:
-        ValueError: for an unknown name (the nearest one is suggested) or a number out of range.
+        ValueError: for an unknown name (the nearest one is suggested), a number out of range, or an
+            option that the loss type has no use for.
     """
 
     loss_type: str = "dapo"
     """Row of `PRESETS`."""
-    importance_sampling_level: str = "token"
-    """`token`, or `sequence`: one geometric-mean ratio per sequence (GSPO, 2025)."""
+    importance_sampling_level: str | None = None
+    """Level of the ratio, None for the loss type's own (mostly `token`). `sequence`: one geometric
+    mean per sequence (GSPO, 2025); `sequence_token`: its value with each token's own gradient
+    (GSPO-token)."""
+    aggregation: str | None = None
+    """How token losses are averaged, a key of `AGGREGATIONS`; None for the loss type's own."""
     epsilon: float = 0.2
-    """Lower clip: the ratio is clamped to at least 1 - epsilon."""
+    """Lower clip: the ratio is clamped to at least 1 - epsilon. gmpo: lower clip of the log-ratio,
+    in nats (its paper takes 0.4); dppo: bound on the divergence of a token of A < 0."""
     epsilon_high: float | None = None
-    """Upper clip, 1 + epsilon_high; None means epsilon. For cispo it is the raw bound (e.g.
-    5.0)."""
+    """Upper clip, 1 + epsilon_high; None means epsilon. For cispo it is the raw bound (e.g. 5.0),
+    for gmpo and dppo the counterpart of epsilon."""
     delta: float | None = None
-    """Two-sided clipping: cap of the unclipped ratio (INTELLECT-2, 2025); above 1 +
-    epsilon_high."""
+    """Cap of the unclipped ratio, above 1 + epsilon_high: two-sided clipping (INTELLECT-2, 2025),
+    which is PPO's dual clip. None: no cap, but 3 for ppo and 20 for dppo."""
     beta: float = 0.0
     """Coefficient of the KL penalty against the reference policy."""
     kl_estimator: str = "k3"
-    """k1: logp - ref; k2: (logp - ref)^2 / 2; k3: exp(ref - logp) - (ref - logp) - 1 (nats)."""
+    """k1: logp - ref; k2: (logp - ref)^2 / 2; k3: exp(ref - logp) - (ref - logp) - 1; absolute:
+    |logp - ref| (nats)."""
+    kl_gradient: str | None = None
+    """Straight-through: the estimator whose gradient stands for that of kl_estimator; with `k2` the
+    gradient is that of the KL itself. None: its own."""
     use_bias_correction_kl: bool = True
     """Multiply the KL by the unclipped ratio, with its gradient (DeepSeek-V3.2, 2025)."""
+    entropy_coef: float = 0.0
+    """Coefficient of the entropy bonus (nats), averaged with the weights of the loss."""
+    top_entropy_quantile: float = 1.0
+    """Share of the tokens, those of highest entropy, that keep their objective and entropy bonus
+    (Beyond the 80/20 Rule, 2025). 1.0: all."""
+    rollout_correction: str = "sequence_mask"
+    """What to do with p(old) / p(rollout) when rollout_logp is given: multiply the objective by it,
+    per token, per sequence (the product) or by the geometric mean of a sequence; bounded
+    (`truncate`: Your Efficient RL Framework Secretly Brings You Off-Policy RL Training, 2025) or 0
+    outside its bounds (`mask`: IcePop, 2025)."""
+    rollout_ratio_min: float | None = None
+    """Lower bound of that ratio."""
+    rollout_ratio_max: float | None = 3.0
+    """Upper bound of that ratio."""
+    off_policy_mask_threshold: float | None = None
+    """Nats: a sequence of A < 0 whose mean log p(rollout, else old) / p is above it keeps no
+    objective (DeepSeek-V3.2, 2025)."""
+    sapo_temperature_pos: float = 1.0
+    """sapo's tau where A > 0."""
+    sapo_temperature_neg: float = 1.05
+    """sapo's tau where A <= 0."""
+    vespo_k_pos: float = 2.0
+    """vespo's exponent of w where A >= 0."""
+    vespo_lambda_pos: float = 3.0
+    """vespo's decay in w where A >= 0."""
+    vespo_k_neg: float = 3.0
+    """vespo's exponent of w where A < 0."""
+    vespo_lambda_neg: float = 2.0
+    """vespo's decay in w where A < 0."""
     temperature: float = 1.0
     """Logits are divided by it, as the sampler did."""
     max_completion_length: int | None = None
     """Tokens; the constant length that dr_grpo divides by."""
 
     def __post_init__(self) -> None:
-        if self.loss_type not in PRESETS:
-            hint = nearest(self.loss_type, list(PRESETS))
-            raise ValueError(
-                f"loss_type: expected a known loss type, got {self.loss_type!r}; {hint}"
-            )
-        for name, known in (
-            ("importance_sampling_level", LEVELS),
-            ("kl_estimator", KL_ESTIMATORS),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name}: got {value!r}; {nearest(value, known)}")
-        _check_number("temperature", self.temperature, 0.0, above=True)
-        _check_number("epsilon", self.epsilon, 0.0)
-        _check_number("epsilon_high", self.epsilon_high, 0.0, none=True)
-        _check_number("beta", self.beta, 0.0)
+        self._check_names()
+        for name, above, none in _NUMBERS:
+            _check_number(name, getattr(self, name), 0.0, above=above, none=none)
         if not isinstance(self.use_bias_correction_kl, bool):
             raise ValueError(
                 f"use_bias_correction_kl must be a bool, got {self.use_bias_correction_kl!r}."
+            )
+        if self.top_entropy_quantile > 1.0:
+            raise ValueError(
+                f"top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile!r}."
+            )
+        low, high = self.rollout_ratio_min, self.rollout_ratio_max
+        if low is not None and high is not None and low > high:
+            raise ValueError(
+                f"rollout_ratio_min must be at most rollout_ratio_max = {high:g}, got {low:g}."
             )
         self._check_delta()
         self._check_length()
@@ -131,18 +251,44 @@ class LossConfig:
                 stacklevel=3,
             )
 
+    def _check_names(self) -> None:
+        if self.loss_type not in PRESETS:
+            hint = nearest(self.loss_type, list(PRESETS))
+            raise ValueError(
+                f"loss_type: expected a known loss type, got {self.loss_type!r}; {hint}"
+            )
+        for name, known in (
+            ("importance_sampling_level", LEVELS),
+            ("aggregation", tuple(AGGREGATIONS)),
+            ("kl_estimator", KL_ESTIMATORS),
+            ("kl_gradient", KL_ESTIMATORS),
+            ("rollout_correction", ROLLOUT_CORRECTIONS),
+        ):
+            value = getattr(self, name)
+            optional = name in ("importance_sampling_level", "aggregation", "kl_gradient")
+            if value not in known and not (optional and value is None):
+                raise ValueError(f"{name}: got {value!r}; {nearest(value, known)}")
+        level, levels = self.importance_sampling_level, self.preset.levels
+        if level is not None and level not in levels:
+            expected = " or ".join(("None", *levels)) if levels else "None: it has no ratio"
+            raise ValueError(
+                f"importance_sampling_level: {self.loss_type} expects {expected}, got {level!r}."
+            )
+
     def _check_delta(self) -> None:
         if self.delta is None:
             return
-        if self.loss_type == "cispo":
-            raise ValueError("delta: cispo already bounds the ratio, expected None, got a number.")
-        _check_number("delta", self.delta, self.ratio_bounds[1], above=True)
+        if "ratio_cap" not in OBJECTIVES[self.preset.objective].parameters:
+            bounded = "already bounds the ratio" if self.loss_type == "cispo" else "has no such cap"
+            raise ValueError(f"delta: {self.loss_type} {bounded}, expected None, got a number.")
+        least = self.ratio_high if self.preset.objective == "clip" else 0.0
+        _check_number("delta", self.delta, least, above=True)
 
     def _check_length(self) -> None:
         length = self.max_completion_length
-        if length is None and self.loss_type == "dr_grpo":
+        if length is None and self.weights == "constant_length":
             raise ValueError(
-                "max_completion_length: dr_grpo divides by it, expected tokens, got None."
+                f"max_completion_length: {self.loss_type} divides by it, expected tokens, got None."
             )
         if length is not None and (
             not isinstance(length, int) or isinstance(length, bool) or length < 1
@@ -155,14 +301,52 @@ class LossConfig:
         return PRESETS[self.loss_type]
 
     @property
+    def level(self) -> str:
+        """Level of the ratio, one of `LEVELS`."""
+        return self.importance_sampling_level or (*self.preset.levels, "token")[0]
+
+    @property
+    def weights(self) -> str:
+        """How token losses are averaged, a key of `AGGREGATIONS`."""
+        return self.aggregation or self.preset.weights
+
+    @property
+    def upper_epsilon(self) -> float:
+        """epsilon_high, or epsilon where it is None."""
+        return float(self.epsilon if self.epsilon_high is None else self.epsilon_high)
+
+    @property
+    def ratio_low(self) -> float:
+        """Lowest ratio that the clip leaves as it is."""
+        return self.ratio_bounds[0]
+
+    @property
+    def ratio_high(self) -> float:
+        """Highest ratio that the clip leaves as it is."""
+        return self.ratio_bounds[1]
+
+    @property
     def ratio_bounds(self) -> tuple[float, float]:
         """Lowest and highest ratio that still carries a gradient in the direction it pushes."""
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if self.preset.objective == "cispo":
-            return 0.0, float(high)
-        return 1.0 - self.epsilon, 1.0 + high
+        objective = self.preset.objective
+        if objective == "cispo":
+            return 0.0, self.upper_epsilon
+        if objective == "clip":
+            return 1.0 - self.epsilon, 1.0 + self.upper_epsilon
+        if self.level == "sequence_clipped":
+            return math.exp(-self.epsilon), math.exp(self.upper_epsilon)
+        return 0.0, math.inf
 
     @property
     def ratio_cap(self) -> float:
-        """`delta`, or infinity."""
-        return math.inf if self.delta is None else float(self.delta)
+        """`delta`, or infinity (3 for ppo, 20 for dppo)."""
+        if self.delta is None:
+            return {"ppo": 3.0, "dppo_tv": 20.0, "dppo_kl": 20.0}.get(self.loss_type, math.inf)
+        return float(self.delta)
+
+    @property
+    def parameters(self) -> tuple[float, float, float, float]:
+        """The numbers of the objective, 0 where it takes fewer."""
+        names = OBJECTIVES[self.preset.objective].parameters
+        values = [float(getattr(self, name)) for name in names]
+        return tuple(values + [0.0] * (4 - len(values)))

@@ -30,7 +30,7 @@ def _two_pass_terms(batch: Batch, stats: Tensor) -> Terms:
     old = logp if batch.old_logp is None else fields["old_logp"]
     # a banned token has logp - logp = NaN, as it must; a masked one is 0
     log_ratio = torch.where(mask, logp - old, torch.zeros_like(logp))
-    by_sequence = config.importance_sampling_level == "sequence"
+    by_sequence = config.level == "sequence"
     if by_sequence:
         lengths = sequence_sum(mask.to(logp.dtype), batch.bounds).clamp(min=1.0)
         log_ratio = spread(sequence_sum(log_ratio, batch.bounds) / lengths, batch.bounds, n)
@@ -40,10 +40,11 @@ def _two_pass_terms(batch: Batch, stats: Tensor) -> Terms:
         log_ratio,
         logp if batch.ref_logp is None else fields["ref_logp"],
         fields["advantages"],
-        *choice["bounds"],
+        *choice["parameters"],
         config.beta,
         choice["objective"],
         choice["kl"],
+        choice["kl_gradient"],
         choice["through_ratio"],
         choice["weight_kl"],
         batch.ref_logp is not None,
@@ -242,7 +243,7 @@ def linear_policy_loss(
             autocast_dtype(hidden),
         )
         # fp16 dlogits need a scale that fits the largest derivative, which one pass does not know
-        if config.importance_sampling_level == "token" and head.narrow != torch.float16:
+        if config.level == "token" and head.narrow != torch.float16:
             terms, gradients = _linear_one_pass(head, batch, needs)
         else:
             rows = batch.rows
@@ -373,8 +374,7 @@ def policy_loss(
             out = cube if inplace else torch.empty_like(cube, memory_format=torch.contiguous_format)
         whole = mask is None and batch.rows.n_unmasked == batch.n_tokens
         active = None if whole else batch.rows.mask
-        level = config.importance_sampling_level
-        one_pass = level == "token" and logits.dtype != torch.float16
+        one_pass = config.level == "token" and logits.dtype != torch.float16
         route = _logits_one_pass if one_pass else _logits_two_pass
         terms, scale = route(backend, cube, batch, active, out, 1.0 / float(config.temperature))
         if needed and inplace:

@@ -90,7 +90,7 @@ class GRPOConfig(TrainingArguments):
 
     # loss
     loss_type: str = _option(LossConfig.loss_type, "grpo, bnpo, dr_grpo, dapo or cispo.")
-    importance_sampling_level: str = _option(
+    importance_sampling_level: str | None = _option(
         LossConfig.importance_sampling_level, "token, or sequence (GSPO)."
     )
     epsilon: float = _option(LossConfig.epsilon, "Lower clip.")

@@ -6,10 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import LossConfig
-
-# what `denominator` counts for each scheme
-UNITS = {"sequence_mean": "sequences", "token_mean": "tokens", "constant_length": "sequences"}
+from .config import AGGREGATIONS, LossConfig
 
 
 def boundaries(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -36,8 +33,7 @@ def spread(values: Tensor, bounds: Tensor, n: int) -> Tensor:
 
 
 def count(config: LossConfig, mask: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """What this batch adds to the denominator: tokens (dapo, bnpo, cispo) or sequences (grpo,
-    dr_grpo).
+    """What this batch adds to the denominator: tokens (token_mean) or sequences (the others).
 
     Args:
         mask: (B, T), or packed (N,) with cu_seqlens; non-zero where a token counts.
@@ -46,7 +42,7 @@ def count(config: LossConfig, mask: Tensor, cu_seqlens: Tensor | None = None) ->
     Returns:
         0-d int64 tensor on the device of mask. Fully masked sequences count as sequences.
     """
-    if UNITS[config.preset.weights] == "tokens":
+    if AGGREGATIONS[config.weights] == "tokens":
         return (mask != 0).sum()
     # a fill, not a copy from the host: nothing waits
     return torch.full((), boundaries(mask, cu_seqlens).numel() - 1, device=mask.device)
@@ -61,8 +57,9 @@ def token_weights(
 ) -> Tensor:
     """Weight (N,) of every token; exactly 0 where mask is False.
 
-    sequence_mean (grpo): 1 / (length_i * denominator); token_mean (dapo, bnpo, cispo): 1 /
-    denominator; constant_length (dr_grpo): 1 / (denominator * max_completion_length).
+    sequence_mean (grpo): 1 / (length_i * denominator); token_mean (dapo) and sequence_sum (luspo):
+    1 / denominator, of tokens and of sequences; constant_length (dr_grpo): 1 / (denominator *
+    max_completion_length).
 
     Args:
         mask: (N,) bool.
@@ -70,9 +67,9 @@ def token_weights(
         denominator: count over the accumulation window (and ranks / world size); None: this
             batch's.
     """
-    scheme = config.preset.weights
+    scheme = config.weights
     if denominator is None:
-        denominator = mask.sum() if UNITS[scheme] == "tokens" else bounds.numel() - 1
+        denominator = mask.sum() if AGGREGATIONS[scheme] == "tokens" else bounds.numel() - 1
     if not isinstance(denominator, Tensor):
         denominator = torch.full((), denominator, device=mask.device, dtype=dtype)
     total = denominator.to(mask.device, dtype).reshape(())

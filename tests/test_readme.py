@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_fast import PRESETS
-from grpo_fast.weights import UNITS
+from grpo_fast.config import AGGREGATIONS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKS = (
@@ -29,7 +29,7 @@ def variants_table() -> str:
     ]
     for name, preset in PRESETS.items():
         scope = "accumulation window, all ranks" if preset.window else "micro-batch"
-        unit = UNITS[preset.weights]
+        unit = AGGREGATIONS[preset.weights]
         scheme = preset.weights.replace("_", " ")
         cells = (f"`{name}`", preset.objective, scheme, f"{unit} of the {scope}", preset.source)
         lines.append(f"| {' | '.join(cells)} |")
