@@ -3,13 +3,14 @@ masked."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import inputs, objectives
 from .config import OBJECTIVES, LossConfig
+from .corrections import rollout_bounds, rollout_factor, scaled
 from .inputs import Rows
 from .weights import boundaries, sequence_sum, spread, token_weights
 
@@ -22,12 +23,19 @@ class Batch:
     bounds: Tensor | None
     """(S+1,) int64 sequence boundaries; None when nothing needs them."""
     advantages: Tensor
+    """With the rollout correction in them where it is known beforehand."""
     weights: Tensor
     old_logp: Tensor | None
     ref_logp: Tensor | None
+    rollout_logp: Tensor | None
+    """NaN where the rollout has none; None also where nothing is left to be done with it."""
+    rollout_gap: Tensor | None
+    """log p(old) / p(rollout) where both are known beforehand."""
+    inv_temperature: Tensor | None
+    """1 / temperature of each token; None when it is one number."""
+    entropy_threshold: Tensor | None
+    """0-d: given from outside; None for this call's own quantile."""
     config: LossConfig
-    n_tokens: int
-    """Unmasked tokens, on the host; rows has fewer where inactive ones are skipped."""
 
     def listed(self, index: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor | None]:
         """The per-token tensors of the rows in index, in the order of index."""
@@ -36,14 +44,44 @@ class Batch:
             "weights": self.weights,
             "old_logp": self.old_logp,
             "ref_logp": self.ref_logp,
+            "rollout_logp": self.rollout_logp,
         }
         if index is not None:
             fields = {k: None if v is None else v[index] for k, v in fields.items()}
         return {k: None if v is None else v.to(dtype) for k, v in fields.items()}
 
+    def part(self, index: Tensor, bounds: Tensor) -> Batch:
+        """The batch of the rows in index, whole sequences of which bounds (S'+1,) are the ends."""
+        fields = self.listed(index, self.advantages.dtype)
+        n = index.numel()
+        rows = Rows(self.rows.ids[index], self.rows.mask[index], index, n, n, n)
+        return replace(self, rows=rows, bounds=bounds, rollout_gap=None, **fields)
+
+    @property
+    def per_sequence(self) -> bool:
+        """True when a token's derivative needs the log-probs of its whole sequence."""
+        config = self.config
+        return config.level != "token" or _correction_per_sequence(config, self.rollout_logp)
+
+    @property
+    def per_batch(self) -> bool:
+        """True when a token's derivative needs the entropies of the whole batch."""
+        return self.config.top_entropy_quantile < 1.0
+
+    @property
+    def known(self) -> bool:
+        """True when no derivative needs a log-prob: the ratio is 1, and nothing else asks."""
+        on_policy = self.old_logp is None and self.rollout_logp is None
+        return on_policy and self.ref_logp is None and not self.per_batch
+
+
+def _correction_per_sequence(config: LossConfig, rollout_logp: Tensor | None) -> bool:
+    by_sequence = rollout_logp is not None and not config.rollout_correction.startswith("token")
+    return by_sequence or config.off_policy_mask_threshold is not None
+
 
 def objective_arguments(config: LossConfig) -> dict[str, object]:
-    """The arguments of the policy row function that come from the configuration."""
+    """The arguments of `objectives.token_loss` that come from the configuration."""
     return {
         "token_loss": objectives.token_loss,
         "objective": getattr(objectives, config.preset.objective),
@@ -53,6 +91,18 @@ def objective_arguments(config: LossConfig) -> dict[str, object]:
         "weight_kl": config.use_bias_correction_kl,
         "parameters": config.parameters,
         "beta": config.beta,
+    }
+
+
+def rollout_arguments(batch: Batch, rollout_logp: Tensor | None) -> dict[str, object]:
+    """The arguments of the policy row function for a correction that the pass itself applies."""
+    if rollout_logp is None:
+        return {}
+    return {
+        "rollout_logp": rollout_logp,
+        "rollout_weight": objectives.rollout_weight,
+        "rollout_bounds": rollout_bounds(batch.config),
+        "rollout_mask": batch.config.rollout_correction.endswith("mask"),
     }
 
 
@@ -68,17 +118,24 @@ def prepare(
     cu_seqlens: Tensor | None,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
+    rollout_logp: Tensor | None,
+    temperature: Tensor | None,
+    entropy_threshold: Tensor | float | None,
     denominator: Tensor | float | int | None,
     skip_inactive_forward: bool,
+    max_rows: int | None,
+    has_ref: bool,
 ) -> Batch:
     """Check everything beside the head or the logits, and flatten it.
 
-    Waits for the device once, and once more for boundaries that are not on the host.
+    Waits for the device once, and once more for boundaries that are not on the host; with max_rows
+    not at all.
     """
     if not isinstance(config, LossConfig):
         inputs.fail("config", "a LossConfig", inputs.describe(config))
-    inputs.check_cu_seqlens(cu_seqlens, shape, device)
-    by_sequence = config.level != "token"
+    inputs.check_cu_seqlens(cu_seqlens, shape, device, on_device=max_rows is not None)
+    _check_options(config, skip_inactive_forward, max_rows, shape)
+    by_sequence = config.level != "token" or _correction_per_sequence(config, rollout_logp)
     needs_bounds = by_sequence or config.weights == "sequence_mean"
     needs_count = config.weights != "token_mean" and denominator is None
     if len(shape) == 1 and cu_seqlens is None and (needs_bounds or needs_count):
@@ -86,34 +143,105 @@ def prepare(
         inputs.fail("cu_seqlens", what, None)
     token_advantages = _advantages(advantages, shape, device, cu_seqlens)
     _check_denominator(denominator)
-    if not isinstance(skip_inactive_forward, bool):
-        inputs.fail("skip_inactive_forward", "True or False", repr(skip_inactive_forward))
-    if config.beta > 0 and ref_logp is None:
+    if config.beta > 0 and ref_logp is None and not has_ref:
         inputs.fail("ref_logp", f"reference log-probs {shape}, since beta = {config.beta}", None)
     bounds = None
     if len(shape) == 2 or cu_seqlens is not None:
         bounds = boundaries(token_advantages.view(shape), cu_seqlens)
-    useful = None
-    if not (config.beta > 0 or by_sequence):
-        useful = token_advantages != 0
-    elif skip_inactive_forward and by_sequence and config.beta == 0:
-        # one token with an advantage makes the whole sequence's ratio matter
-        alive = sequence_sum((token_advantages != 0).to(token_advantages.dtype), bounds)
-        useful = spread(alive, bounds, token_advantages.numel()) != 0
-    rows = inputs.flatten(ids, mask, V, shape, device, useful)
-    flat, n_tokens = rows.mask, rows.n_unmasked
-    if skip_inactive_forward and useful is not None:
-        rows = Rows(rows.ids, flat & useful, rows.order, rows.n_gradient, rows.n_gradient)
+    flat = inputs.flat_mask(mask, shape, device)
+    # what is not finite in a masked place is no number to compute with, and a masked rollout
+    # log-prob is one that is missing
+    fields = {
+        "old_logp": inputs.per_token("old_logp", old_logp, shape, flat),
+        "ref_logp": inputs.per_token("ref_logp", ref_logp, shape, flat),
+        "rollout_logp": inputs.per_token("rollout_logp", rollout_logp, shape, flat, torch.nan),
+        "rollout_gap": None,
+        "inv_temperature": None
+        if temperature is None
+        else inputs.check_temperature(temperature, shape, flat)[1],
+    }
+    token_advantages = torch.where(flat, token_advantages, torch.zeros_like(token_advantages))
+    if fields["old_logp"] is not None and fields["rollout_logp"] is not None:
+        token_advantages, fields = _correct(config, token_advantages, fields, flat, bounds)
+    useful = _useful(config, token_advantages, bounds, by_sequence)
+    rows = inputs.flatten(
+        ids,
+        flat,
+        V,
+        shape,
+        useful=useful,
+        skip=skip_inactive_forward,
+        bounds=bounds if by_sequence else None,
+        max_rows=max_rows,
+    )
     return Batch(
         rows,
         bounds,
-        torch.where(flat, token_advantages, torch.zeros_like(token_advantages)),
+        token_advantages,
         token_weights(config, flat, bounds, denominator, token_advantages.dtype),
-        inputs.per_token("old_logp", old_logp, shape, flat),
-        inputs.per_token("ref_logp", ref_logp, shape, flat),
-        config,
-        n_tokens,
+        entropy_threshold=_threshold(config, entropy_threshold, device),
+        config=config,
+        **fields,
     )
+
+
+def _check_options(
+    config: LossConfig, skip: bool, max_rows: int | None, shape: tuple[int, ...]
+) -> None:
+    if not isinstance(skip, bool):
+        inputs.fail("skip_inactive_forward", "True or False", repr(skip))
+    if skip and config.top_entropy_quantile < 1.0:
+        expected = "False with top_entropy_quantile, whose quantile is one of all tokens"
+        inputs.fail("skip_inactive_forward", expected, True)
+    if max_rows is None:
+        return
+    total = 1
+    for n in shape:
+        total *= n
+    good = isinstance(max_rows, int) and not isinstance(max_rows, bool)
+    if not good or not 1 <= max_rows <= max(total, 1):
+        inputs.fail("max_rows", f"None or an integer in [1, {total}]", repr(max_rows))
+    if skip:
+        expected = "False with max_rows, where nobody counts the inactive rows"
+        inputs.fail("skip_inactive_forward", expected, True)
+
+
+def _correct(config, advantages, fields, mask, bounds):
+    """Advantages with the rollout correction in them: old and rollout log-probs are both known."""
+    gap = fields["old_logp"] - fields["rollout_logp"]
+    fields = {**fields, "rollout_gap": gap}
+    if config.preset.objective != "vespo":
+        advantages = scaled(advantages, rollout_factor(config, gap, mask, bounds))
+        if config.off_policy_mask_threshold is None:
+            fields["rollout_logp"] = None
+    return advantages, fields
+
+
+def _useful(
+    config: LossConfig, advantages: Tensor, bounds: Tensor | None, by_sequence: bool
+) -> Tensor | None:
+    """(N,) rows that can have a gradient when unmasked; None for all."""
+    if config.beta > 0 or config.entropy_coef > 0:
+        return None
+    if not by_sequence:
+        return advantages != 0
+    # one token with an advantage makes the ratio of the whole sequence matter
+    alive = sequence_sum((advantages != 0).to(advantages.dtype), bounds)
+    return spread(alive, bounds, advantages.numel()) != 0
+
+
+def _threshold(
+    config: LossConfig, value: Tensor | float | None, device: torch.device
+) -> Tensor | None:
+    if value is None:
+        return None
+    if config.top_entropy_quantile == 1.0:
+        inputs.fail("entropy_threshold", "None without top_entropy_quantile < 1", value)
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        return value.detach().to(device).reshape(())
+    if not inputs.is_number(value):
+        inputs.fail("entropy_threshold", "None or one number (nats)", inputs.describe(value))
+    return torch.full((), float(value), device=device)
 
 
 def _advantages(

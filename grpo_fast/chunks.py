@@ -3,9 +3,11 @@ here."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +19,15 @@ from .inputs import fail
 # Rows of a GEMM are padded to a multiple of this. MKL switches kernels, and with them the order of
 # the sums, at 1, 2, 3, 5, 7 and 9 rows; multiples of 16 gave bit-equal rows for every batch tried.
 ROW_MULTIPLE = 16
-# 1,024 rows of a 152k vocabulary are 0.6 GiB in fp32; under 1,024 rows dweight traffic outweighs
-# the GEMMs. On 2 CPU cores the products ran at 75 % of their best rate with 128 rows, at 95 % with
-# 512
+# On 2 CPU cores the products ran at 75 % of their best rate with 128 rows, at 95 % with 512, which
+# are 0.3 GiB of a 152k vocabulary
 DEFAULT_WORKSPACE = {"cpu": 384 << 20, "cuda": 1 << 30}
+# Rows that the default makes room for. A chunk of 1,024 adds 24 % to the time of the products by
+# reading and writing dweight on an H200 at V = 152k, H = 4096 (derived), one of 2,048 12 %.
+DEFAULT_ROWS = {"cuda": 2048}
+# Below this many rows in a chunk backward goes through the vocabulary instead, at 8NHV: 1,024 rows
+# cost 24 % of 6NHV by dweight traffic, 512 would cost 48 %, the eighth product 33 % (derived)
+COLUMNS_FIRST = {"cuda": 1024}
 # scratch of the torch rows (6 MiB), one upcast weight slice (8 MiB), and what BLAS packs beside
 # them: 20 to 30 MiB of RSS that no allocator shows, seen at H = 576 with 570 rows
 FIXED_BYTES = 48 << 20
@@ -47,6 +54,57 @@ def no_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
+_KEPT = threading.local()
+
+
+def workspace(like: Tensor, n_bytes: int, limit: int) -> Tensor:
+    """n_bytes of memory on the device of like, kept for the next call of this thread and stream.
+
+    On CPU the first touch of 138 MiB costs a tenth of the product that fills them; on an
+    accelerator peaks do not depend on the order of calls. What is kept is never above limit.
+    """
+    device = like.device
+    capturing = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    # a fake tensor or the pool of a graph that is being captured is not for others to use
+    if capturing or type(like) not in (Tensor, torch.nn.Parameter):
+        return torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream if like.is_cuda else 0
+    kept = _KEPT.__dict__.setdefault("buffers", {})
+    buffer = kept.get((device, stream))
+    if buffer is None or not n_bytes <= buffer.numel() <= max(limit, n_bytes):
+        kept.pop((device, stream), None)
+        # the old one goes before the new one comes
+        buffer = None
+        buffer = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+        kept[device, stream] = buffer
+    return buffer[:n_bytes]
+
+
+def release_workspace() -> None:
+    """Give back the memory that this thread's calls keep for the next ones."""
+    _KEPT.__dict__.pop("buffers", None)
+
+
+class Lora(NamedTuple):
+    """An adapter of the lm_head: weight + scale * B @ A."""
+
+    A: Tensor
+    """(r, H)."""
+    B: Tensor
+    """(V, r)."""
+    scale: float
+
+
+class Needs(NamedTuple):
+    """Which tensors of a head want a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_A: bool = False
+    lora_B: bool = False
+
+
 @dataclass
 class Chunk:
     """One visit of the loop."""
@@ -57,6 +115,10 @@ class Chunk:
     """(n, H) hidden states."""
     logits: Tensor
     """(1, n, V) fp32 in the workspace; the caller may overwrite it."""
+    place: Tensor | slice
+    """The rows of hidden (N, H) these are."""
+    transform: dict[str, object]
+    """Arguments of the row functions that turn a stored logit into z."""
 
 
 @dataclass
@@ -73,38 +135,60 @@ class LinearHead:
     temperature: float = 1.0
     autocast_dtype: torch.dtype | None = None
     """From `autocast_dtype`: what the operands of the products are cast to; gradients stay fp32."""
+    lora: Lora | None = None
+    inv_temperature: Tensor | None = None
+    """(N,) fp32, in place of the one temperature."""
+    mask: Tensor | None = None
+    """(N,) bool: rows that may hold anything where it is False, though they are visited."""
     dtype: torch.dtype = field(init=False)
     """fp32, or fp64 for fp64 inputs: logits, statistics and accumulators."""
+    budget: int = field(init=False)
+    """Bytes of logits and scratch."""
     chunk_rows: int = field(init=False)
-    buffer: Tensor | None = field(init=False, default=None)
-    """(chunk_rows, V) logits of the chunk that is being worked on."""
+    width: int = field(init=False)
+    """H: columns of hidden that are not the adapter's."""
 
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
         if self.autocast_dtype is not None:
             self.hidden = self.hidden.to(self.autocast_dtype)
             self.weight = self.weight.to(self.autocast_dtype)
+        self.width = self.hidden.shape[1]
+        if self.lora is not None:
+            self._adapt(self.lora)
         V, H = self.weight.shape
+        device = self.hidden.device.type
+        per_row = self.dtype.itemsize * (V + 3 * H)
         budget = self.workspace_bytes
         if budget is None:
-            budget = DEFAULT_WORKSPACE.get(self.hidden.device.type, 384 << 20)
-        width = self.dtype.itemsize
-        per_row = width * (V + 3 * H)
+            budget = DEFAULT_WORKSPACE.get(device, 384 << 20)
+            budget = max(budget, FIXED_BYTES + DEFAULT_ROWS.get(device, ROW_MULTIPLE) * per_row)
         least = FIXED_BYTES + ROW_MULTIPLE * per_row
         if not isinstance(budget, int) or budget < least:
             fail("workspace_bytes", f"an integer >= {least} for V = {V}, H = {H}", repr(budget))
         rows = (budget - FIXED_BYTES) // per_row
         step = 64 if rows >= 64 else ROW_MULTIPLE
+        self.budget = budget
         self.chunk_rows = min(rows // step * step, round_up(max(1, self.hidden.shape[0])))
 
+    def _adapt(self, lora: Lora) -> None:
+        """hidden (N, H + r) = [h, s h A^T] and weight (V, H + r) = [W, B]: one product gives the
+        logits of W + s B A.
+
+        The copy of the weight costs 2 V H elements of traffic; a second product into the logits
+        would read and write N V fp32 ones.
+        """
+        kind = self.hidden.dtype
+        self.lora = lora = Lora(lora.A.to(kind), lora.B.to(kind), lora.scale)
+        inner = (self.hidden @ lora.A.t()) * lora.scale
+        self.hidden = torch.cat((self.hidden, inner), 1)
+        self.weight = torch.cat((self.weight, lora.B), 1)
+
     @property
-    def transform(self) -> dict[str, float | None]:
-        """Arguments of the row functions that turn a stored logit into z."""
-        return {
-            "inv_temperature": 1.0 / self.temperature,
-            "scale": self.logit_scale,
-            "softcap": self.softcap,
-        }
+    def columns_first(self) -> bool:
+        """Backward by slices of the vocabulary: with so few rows in a chunk, reading and writing
+        dweight for each costs an accelerator more than the logits of an extra product."""
+        return self.chunk_rows < COLUMNS_FIRST.get(self.hidden.device.type, 0)
 
     @property
     def narrow(self) -> torch.dtype | None:
@@ -112,97 +196,191 @@ class LinearHead:
         low = self.weight.dtype in (torch.float16, torch.bfloat16)
         return self.weight.dtype if low and self.backend.name == "triton" else None
 
-    def chunks(self, index: Tensor | None, n: int) -> Iterator[Chunk]:
-        """Logits of the n rows listed by index (None: rows 0 to n), a workspace at a time."""
+    def transform(self, place: Tensor | slice) -> dict[str, object]:
+        """Arguments of the row functions for some rows of hidden."""
+        inverse = 1.0 / self.temperature
+        if self.inv_temperature is not None:
+            inverse = self.inv_temperature[place].to(self.dtype)
+        return {"inv_temperature": inverse, "scale": self.logit_scale, "softcap": self.softcap}
+
+    def logits_buffer(self, rows: int, columns: int) -> Tensor:
+        """(rows, columns) of the workspace."""
+        n_bytes = rows * columns * self.dtype.itemsize
+        flat = workspace(self.hidden, n_bytes, self.budget).view(self.dtype)
+        return flat.view(rows, columns)
+
+    def gather(self, index: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor | slice]:
+        """Hidden states (m, H) of the listed rows start to stop, m padded with zeros to a multiple
+        of ROW_MULTIPLE, and the rows of hidden that they are."""
+        k = stop - start
+        padded = round_up(k)
+        place = slice(start, stop) if index is None else index[start:stop]
+        if index is None and k == padded and self.mask is None:
+            return self.hidden[place], place
+        hidden = self.hidden.new_zeros(padded, self.hidden.shape[1])
+        hidden[:k] = self.hidden[place]
+        if self.mask is not None:
+            hidden[:k].masked_fill_(~self.mask[place][:, None], 0.0)
+        return hidden, place
+
+    def chunks(
+        self, index: Tensor | None, n: int, cuts: list[int] | None = None
+    ) -> Iterator[Chunk]:
+        """Logits of the n rows listed by index (None: rows 0 to n), a workspace at a time.
+
+        cuts: where chunks end, each at most chunk_rows from the last; None: every chunk_rows.
+        """
         if n == 0:
             return
-        V, H = self.weight.shape
+        V = self.weight.shape[0]
         size = min(self.chunk_rows, round_up(n))
-        # one for all passes over the rows: on CPU the first touch of 138 MiB costs as much as a
-        # tenth of the product that fills it
-        if self.buffer is None or self.buffer.shape[0] < size:
-            self.buffer = None
-            self.buffer = torch.empty(size, V, dtype=self.dtype, device=self.hidden.device)
-        buffer = self.buffer
-        for start in range(0, n, size):
-            k = min(size, n - start)
-            padded = round_up(k)
-            if index is None and k == padded:
-                hidden = self.hidden[start : start + k]
-            else:
-                hidden = self.hidden.new_zeros(padded, H)
-                part = slice(start, start + k)
-                hidden[:k] = self.hidden[part] if index is None else self.hidden[index[part]]
-            gemm.project(hidden, self.weight, self.bias, buffer[:padded])
-            yield Chunk(slice(start, start + k), hidden[:k], buffer[None, :k])
+        buffer = self.logits_buffer(size, V)
+        start = 0
+        for stop in cuts or [*range(size, n, size), n]:
+            k = stop - start
+            hidden, place = self.gather(index, start, stop)
+            gemm.project(hidden, self.weight, self.bias, buffer[: hidden.shape[0]])
+            rows = slice(start, stop)
+            yield Chunk(rows, hidden[:k], buffer[None, :k], place, self.transform(place))
+            start = stop
 
     def gradient_view(self, logits: Tensor) -> Tensor:
         """Where a row kernel leaves dlogits: over the logits, in their bytes as the narrow type if
         any."""
         if self.narrow is None:
             return logits
-        return logits.view(self.narrow)[..., : self.weight.shape[0]]
+        return logits.view(self.narrow)[..., : logits.shape[-1]]
+
+
+def compact(rows: Tensor, keep: Tensor) -> Tensor:
+    """rows (n, V)[keep] (k, V) in the memory of rows; keep (k,) rises, so that what is written was
+    read."""
+    for start in range(0, keep.numel(), ROW_MULTIPLE):
+        part = keep[start : start + ROW_MULTIPLE]
+        rows[start : start + part.numel()] = rows[part]
+    return rows[: keep.numel()]
 
 
 @dataclass
 class HeadGradients:
-    """fp32 accumulators of dhidden, dweight and dbias; one downcast each, at the end."""
+    """fp32 accumulators of the gradients of a head; one downcast each, at the end."""
 
     head: LinearHead
-    needs: tuple[bool, bool, bool]
+    needs: Needs
     scale: Tensor | None = None
     """Power of two by which the upstream gradient was multiplied to survive fp16, 0-d; None for
     1."""
     dhidden: Tensor | None = None
+    """(N, H), or with an adapter (N, H + r), or (N, r) when hidden itself wants none."""
     dweight: Tensor | None = None
     dbias: Tensor | None = None
+    dlora_A: Tensor | None = None
+    dlora_B: Tensor | None = None
+    partial: Tensor | None = None
+    """(n, H): what slices of the vocabulary have added up of dhidden."""
     empty: bool = True
     """No chunk was added so far, and dweight holds whatever its memory held."""
 
     def __post_init__(self) -> None:
         head, dtype = self.head, self.head.dtype
-        if self.needs[0]:
+        V, device = head.weight.shape[0], head.hidden.device
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        if self.needs.hidden or self.needs.lora_A:
             # fp32 until the upstream scalar (a loss scale, say) has been applied: 1 / tokens times
             # a probability is below fp16's smallest number
-            self.dhidden = torch.zeros(head.hidden.shape, dtype=dtype, device=head.hidden.device)
-        if self.needs[1]:
+            columns = head.weight.shape[1] - self._first_column
+            self.dhidden = zeros(head.hidden.shape[0], columns)
+        if self.needs.weight:
             # fp32 (V, H) whatever the weight is stored in: summed over chunks, downcast once by the
             # caller
-            self.dweight = torch.empty_like(
-                head.weight, dtype=dtype, memory_format=torch.contiguous_format
-            )
-        if self.needs[2]:
-            self.dbias = torch.zeros(head.weight.shape[0], dtype=dtype, device=head.hidden.device)
+            self.dweight = torch.empty(V, head.width, dtype=dtype, device=device)
+        if self.needs.bias:
+            self.dbias = zeros(V)
+        if self.needs.lora_A:
+            self.dlora_A = zeros(*head.lora.A.shape)
+        if self.needs.lora_B:
+            self.dlora_B = torch.empty(head.lora.B.shape, dtype=dtype, device=device)
 
-    def add(self, chunk: Chunk, dlogits: Tensor, index: Tensor | None) -> None:
-        """Add the products of one chunk: dlogits (1, n, V) in the memory of its logits."""
-        dlogits = dlogits[0]
+    @property
+    def _first_column(self) -> int:
+        """Of [W, B] in the product with dlogits: an adapter alone needs that with B."""
+        return 0 if self.needs.hidden else self.head.width
+
+    def add(self, hidden: Tensor, dlogits: Tensor, place: Tensor | slice) -> None:
+        """Add the products of some rows: hidden (n, H), dlogits (n, V), the rows of hidden."""
+        width = self.head.width
         if self.dhidden is not None:
-            # rows are written once, by one full-width product each
-            if index is None:
-                out = self.dhidden[chunk.rows]
-            else:
-                out = self.dhidden.new_empty(chunk.hidden.shape)
-            gemm.input_gradient(dlogits, self.head.weight, out)
-            if self.scale is not None:
-                out.div_(self.scale)
-            if index is not None:
-                self.dhidden[index[chunk.rows]] = out
+            self._add_dhidden(hidden, dlogits, place)
         if self.dweight is not None:
-            gemm.weight_gradient(dlogits, chunk.hidden, self.dweight, first=self.empty)
+            gemm.weight_gradient(dlogits, hidden[:, :width], self.dweight, first=self.empty)
+        if self.dlora_B is not None:
+            gemm.weight_gradient(dlogits, hidden[:, width:], self.dlora_B, first=self.empty)
         if self.dbias is not None:
             self.dbias += dlogits.sum(0, dtype=self.head.dtype)
         self.empty = False
 
-    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dhidden, dweight and dbias in fp32, with the scale taken out."""
-        if self.empty and self.dweight is not None:
-            self.dweight.zero_()
+    def _add_dhidden(self, hidden: Tensor, dlogits: Tensor, place: Tensor | slice) -> None:
+        # rows are written once, by one full-width product each
+        in_place = isinstance(place, slice)
+        shape = (hidden.shape[0], self.dhidden.shape[1])
+        out = self.dhidden[place] if in_place else self.dhidden.new_empty(shape)
+        gemm.input_gradient(dlogits, self.head.weight[:, self._first_column :], out)
+        self._store_dhidden(hidden, out, place, stored=in_place)
+
+    def _store_dhidden(
+        self, hidden: Tensor, out: Tensor, place: Tensor | slice, stored: bool = False
+    ) -> None:
         if self.scale is not None:
-            for grad in (self.dweight, self.dbias):
+            out.div_(self.scale)
+        if not stored:
+            self.dhidden[place] = out
+        if self.dlora_A is not None:
+            width = self.head.width
+            du = out[:, width - self._first_column :]
+            self.dlora_A.addmm_(du.t(), hidden[:, :width].to(du.dtype), alpha=self.head.lora.scale)
+
+    def add_columns(self, hidden: Tensor, dlogits: Tensor, part: slice) -> None:
+        """Add the products of a slice of the vocabulary: dlogits (n, columns) of all n rows."""
+        width = self.head.width
+        if self.dhidden is not None:
+            weight = self.head.weight[part, self._first_column :]
+            if self.partial is None:
+                self.partial = self.dhidden.new_zeros(hidden.shape[0], weight.shape[1])
+            gemm.input_gradient(dlogits, weight, self.partial, first=part.start == 0)
+        if self.dweight is not None:
+            gemm.weight_gradient(dlogits, hidden[:, :width], self.dweight[part], first=True)
+        if self.dlora_B is not None:
+            gemm.weight_gradient(dlogits, hidden[:, width:], self.dlora_B[part], first=True)
+        if self.dbias is not None:
+            self.dbias[part] = dlogits.sum(0, dtype=self.head.dtype)
+        self.empty = False
+
+    def finish_columns(self, hidden: Tensor, place: Tensor | slice) -> None:
+        """dhidden (n, H) that slices of the vocabulary added up goes to its rows."""
+        if self.partial is not None:
+            self._store_dhidden(hidden, self.partial, place)
+            self.partial = None
+
+    def finish(self) -> list[Tensor | None]:
+        """dhidden, dweight, dbias, dA and dB in fp32, with the scale taken out."""
+        if self.empty:
+            for grad in (self.dweight, self.dlora_B):
+                if grad is not None:
+                    grad.zero_()
+        if self.scale is not None:
+            for grad in (self.dweight, self.dbias, self.dlora_B):
                 if grad is not None:
                     grad.div_(self.scale)
-        return self.dhidden, self.dweight, self.dbias
+        dhidden = self.dhidden if self.needs.hidden else None
+        lora = self.head.lora
+        if lora is not None and dhidden is not None:
+            # from [dh, du] with u = s h A^T: dh + s du A
+            dh, du = dhidden.split((self.head.width, lora.A.shape[0]), 1)
+            dhidden = torch.addmm(dh, du, lora.A.to(du.dtype), alpha=lora.scale)
+        return [dhidden, self.dweight, self.dbias, self.dlora_A, self.dlora_B]
 
 
 def fp16_scale(dtype: torch.dtype | None, upstream: Tensor) -> Tensor | None:

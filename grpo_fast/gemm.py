@@ -43,14 +43,18 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
         out.add_(bias)
 
 
-def input_gradient(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out (n, H) = dlogits (n, V) @ weight (V, H); out is fp32 or fp64."""
+def input_gradient(dlogits: Tensor, weight: Tensor, out: Tensor, *, first: bool = True) -> None:
+    """out (n, H) = dlogits (n, V) @ weight (V, H); out is fp32 or fp64. first=False adds to it."""
     if dlogits.dtype == weight.dtype == out.dtype:
-        torch.mm(dlogits, weight, out=out)
+        torch.mm(dlogits, weight, out=out) if first else out.addmm_(dlogits, weight)
     elif _mixed(dlogits, weight, out):
-        torch.mm(dlogits, weight, out_dtype=out.dtype, out=out)
+        if first:
+            torch.mm(dlogits, weight, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, dlogits, weight, out_dtype=out.dtype, out=out)
     else:
-        out.zero_()
+        if first:
+            out.zero_()
         for part in _slices(weight):
             out.addmm_(dlogits[:, part].to(out.dtype), weight[part].to(out.dtype))
 

@@ -69,10 +69,65 @@ def check_precision(name: str, value: Tensor, backend: str) -> None:
         fail(name, expected, value.dtype)
 
 
-def check_temperature(temperature: float) -> None:
-    """A finite number above 0."""
-    if not is_number(temperature) or not (0 < temperature < float("inf")):
-        fail("temperature", "a finite number > 0", repr(temperature))
+def check_temperature(
+    temperature: float | Tensor | None, shape: tuple[int, ...], mask: Tensor
+) -> tuple[float, Tensor | None]:
+    """One temperature, and 1 / temperature (N,) of each token where they were given as a tensor.
+
+    A tensor is (B,) or of `shape`; it is not looked at on an accelerator, nor where masked.
+    """
+    expected = f"a finite number > 0, or a tensor {shape[:1]} or {shape} of them"
+    if not isinstance(temperature, Tensor):
+        if not is_number(temperature) or not (0 < temperature < float("inf")):
+            fail("temperature", expected, repr(temperature))
+        return float(temperature), None
+    if len(shape) == 2 and temperature.shape == shape[:1]:
+        temperature = temperature[:, None].expand(shape)
+    flat = per_token("temperature", temperature, shape, mask, 1.0)
+    if flat.device.type == "cpu" and not ((flat > 0) & torch.isfinite(flat)).all():
+        fail("temperature", expected, f"values from {flat.min().item()} to {flat.max().item()}")
+    return 1.0, 1.0 / flat
+
+
+def check_lora(
+    lora: object, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """(A (r, H), B (V, r), scale) of the dtype and device of the head; Nones for None."""
+    if lora is None:
+        return None, None, 1.0
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        fail("lora", "None or (A (r, H), B (V, r), scale)", describe(lora))
+    A, B, scale = lora
+    if not isinstance(A, Tensor) or A.dim() != 2 or A.shape[0] == 0:
+        fail("lora A", f"tensor (r, {hidden.shape[-1]})", describe(A))
+    check_tensor("lora A", A, (A.shape[0], hidden.shape[-1]), hidden.device)
+    check_tensor("lora B", B, (weight.shape[0], A.shape[0]), hidden.device)
+    if not is_number(scale) or not abs(scale) < float("inf"):
+        fail("lora scale", "a finite number", repr(scale))
+    return A, B, float(scale)
+
+
+def check_reference(
+    ref_logp: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+) -> None:
+    """ref_hidden (..., H') with ref_weight (V, H'), in place of ref_logp."""
+    if ref_hidden is None:
+        if ref_weight is not None:
+            fail("ref_weight", "None without ref_hidden", describe(ref_weight))
+        return
+    if ref_logp is not None:
+        fail("ref_hidden", "None where ref_logp is given", describe(ref_hidden))
+    head = weight if ref_weight is None else ref_weight
+    if not isinstance(head, Tensor) or head.dim() != 2:
+        fail("ref_weight", f"None or a tensor ({weight.shape[0]}, H')", describe(head))
+    check_tensor("ref_weight", head, (weight.shape[0], head.shape[1]), hidden.device)
+    check_tensor("ref_hidden", ref_hidden, (*hidden.shape[:-1], head.shape[1]), hidden.device)
+    if ref_hidden.dtype not in FLOATS or ref_hidden.dtype != head.dtype:
+        fail("ref_hidden", f"the dtype of its weight, {head.dtype}", ref_hidden.dtype)
 
 
 def check_logits(logits: Tensor) -> None:
@@ -92,14 +147,26 @@ class Rows:
     ids: Tensor
     """(N,) int64 in [0, V); 0 where masked."""
     mask: Tensor
-    """(N,) bool: tokens that count."""
+    """(N,) bool: tokens that are computed."""
     order: Tensor
     """(N,) int64: rows that may have a gradient, then the other unmasked ones, then the masked
     ones."""
     n_gradient: int
     """Rows that may have a gradient, on the host."""
     n_unmasked: int
-    """Unmasked rows, on the host."""
+    """Rows that are computed, on the host."""
+    n_tokens: int
+    """Unmasked tokens, on the host; more than are computed where inactive ones are skipped."""
+    lengths: tuple[int, ...] | None = None
+    """Rows that may have a gradient in each sequence, on the host, where somebody asked."""
+    poisoned: Tensor | None = None
+    """0-d bool on the device, of a call whose counts never reached the host: more unmasked rows
+    than it has room for, or an id outside the vocabulary."""
+
+    @property
+    def fixed(self) -> bool:
+        """True when the counts are a capacity and the rows behind the unmasked ones are masked."""
+        return self.poisoned is not None
 
     @property
     def gradient_index(self) -> Tensor | None:
@@ -108,61 +175,95 @@ class Rows:
 
     @property
     def unmasked_index(self) -> Tensor | None:
-        """Unmasked rows, those with a gradient first; None for all of them in order."""
+        """Rows that are computed, those with a gradient first; None for all of them in order."""
         everything = self.n_unmasked == self.ids.numel() == self.n_gradient
-        return None if everything else self.order[: self.n_unmasked]
+        return None if everything and not self.fixed else self.order[: self.n_unmasked]
+
+
+def flat_mask(mask: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A bool, integer or floating mask of `shape` -> (N,) bool, non-zero counts; None for all."""
+    if mask is None:
+        n = 1
+        for size in shape:
+            n *= size
+        return torch.ones(n, dtype=torch.bool, device=device)
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape or mask.device != device:
+        fail("mask", f"tensor {shape} on {device}", describe(mask))
+    return (mask != 0).reshape(-1)
 
 
 def flatten(
-    ids: Tensor, mask: Tensor | None, V: int, shape: tuple[int, ...], device, useful=None
+    ids: Tensor,
+    mask: Tensor,
+    V: int,
+    shape: tuple[int, ...],
+    *,
+    useful: Tensor | None = None,
+    skip: bool = False,
+    bounds: Tensor | None = None,
+    max_rows: int | None = None,
 ) -> Rows:
-    """Check ids and mask against the leading shape and list the rows, with one host sync.
+    """Check ids against the leading shape and list the rows, with one host sync.
 
     Args:
         ids: integer tensor of `shape`; in [0, V) wherever unmasked, anything where masked.
-        mask: None, or a bool, integer or floating tensor of `shape`; non-zero counts.
+        mask: (N,) bool from `flat_mask`.
         useful: (N,) bool, rows that can have a gradient when unmasked; None for all.
+        skip: treat the other rows as if they were masked.
+        bounds: (S+1,) sequence boundaries, for `Rows.lengths`.
+        max_rows: room for so many rows and no host sync; what does not fit poisons the call.
     """
+    device = mask.device
     check_tensor("ids", ids, shape, device, floating=False)
     if ids.dtype == torch.bool:
         fail("ids", "an integer tensor", describe(ids))
-    if mask is None:
-        flat = torch.ones(ids.numel(), dtype=torch.bool, device=device)
-    else:
-        if not isinstance(mask, Tensor) or tuple(mask.shape) != shape or mask.device != device:
-            fail("mask", f"tensor {shape} on {device}", describe(mask))
-        flat = (mask != 0).reshape(-1)
-    ids = torch.where(
-        flat, ids.reshape(-1).long(), torch.zeros((), dtype=torch.long, device=device)
-    )
-    useful = flat if useful is None else flat & useful
-    rank = 2 - flat.to(torch.int8) - useful.to(torch.int8)
-    order = torch.argsort(rank, stable=True)
+    flat = ids.reshape(-1).long()
+    ids = torch.where(mask, flat, torch.zeros_like(flat))
+    useful = mask if useful is None else mask & useful
+    kept = useful if skip else mask
+    if max_rows is not None:
+        order = torch.argsort(~mask, stable=True)
+        poisoned = (mask.sum() > max_rows) | (ids < 0).any() | (ids >= V).any()
+        room = (max_rows,) * 3
+        return Rows(ids.clamp(0, V - 1), mask, order, *room, poisoned=poisoned)
+    order = torch.argsort(2 - kept.to(torch.int8) - useful.to(torch.int8), stable=True)
     if ids.numel() == 0:
-        return Rows(ids, flat, order, 0, 0)
+        return Rows(ids, kept, order, 0, 0, 0, () if bounds is not None else None)
+    facts = torch.stack((useful.sum(), kept.sum(), mask.sum(), ids.min(), ids.max()))
+    if bounds is not None:
+        count = torch.cat((useful.new_zeros(1, dtype=torch.long), useful.long().cumsum(0)))
+        facts = torch.cat((facts, count[bounds].diff()))
     # one transfer to the host for the whole call
-    facts = torch.stack((useful.sum(), flat.sum(), ids.min(), ids.max())).tolist()
-    if facts[2] < 0 or facts[3] >= V:
-        fail("ids", f"token ids in [0, {V})", f"values from {facts[2]} to {facts[3]}")
-    return Rows(ids, flat, order, facts[0], facts[1])
+    facts = facts.tolist()
+    if facts[3] < 0 or facts[4] >= V:
+        fail("ids", f"token ids in [0, {V})", f"values from {facts[3]} to {facts[4]}")
+    lengths = tuple(facts[5:]) if bounds is not None else None
+    return Rows(ids, kept, order, *facts[:3], lengths)
 
 
 def per_token(
-    name: str, value: Tensor | None, shape: tuple[int, ...], mask: Tensor
+    name: str, value: Tensor | None, shape: tuple[int, ...], mask: Tensor, fill: float = 0.0
 ) -> Tensor | None:
-    """value of `shape`, flattened to fp32 (N,) with 0 where masked (selected, never multiplied)."""
+    """value of `shape`, flattened to fp32 (N,) with fill where masked (selected, never
+    multiplied)."""
     if value is None:
         return None
     check_tensor(name, value, shape, mask.device)
     flat = value.detach().reshape(-1)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    return torch.where(mask, flat, torch.zeros_like(flat))
+    return torch.where(mask, flat, torch.full_like(flat, fill))
 
 
 def check_cu_seqlens(
-    cu_seqlens: Tensor | None, shape: tuple[int, ...], device: torch.device
+    cu_seqlens: Tensor | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+    on_device: bool = False,
 ) -> None:
-    """(S+1,) integers from 0 to N that never fall, and only for packed (N,) batches."""
+    """(S+1,) integers from 0 to N that never fall, and only for packed (N,) batches.
+
+    on_device: do not look at values on an accelerator.
+    """
     if cu_seqlens is None:
         return
     if len(shape) != 1:
@@ -170,6 +271,8 @@ def check_cu_seqlens(
     integer = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1
     if not integer or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
         fail("cu_seqlens", "integer tensor (S+1,)", describe(cu_seqlens))
+    if on_device and cu_seqlens.device.type != "cpu":
+        return
     # boundaries are made on the host in every trainer, so reading them costs no wait there
     values = cu_seqlens.tolist()
     if (

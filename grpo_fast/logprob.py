@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import inputs
+from . import gemm, inputs
 from .backend import select
-from .chunks import HeadGradients, LinearHead, autocast_dtype, fp16_scale, no_autocast
+from .chunks import (
+    HeadGradients,
+    LinearHead,
+    Lora,
+    Needs,
+    autocast_dtype,
+    fp16_scale,
+    no_autocast,
+)
+from .inputs import Rows
 
 
 class LogProbs(NamedTuple):
@@ -30,11 +39,10 @@ def head_stats(head: LinearHead, ids: Tensor, index: Tensor | None, n: int) -> T
     FLOPs."""
     stats = torch.zeros(4, ids.numel(), dtype=head.dtype, device=ids.device)
     compact = stats if index is None else torch.empty_like(stats[:, :n])
-    rows = ids if index is None else ids[index]
     for chunk in head.chunks(index, n):
         # a slice of (4, n) keeps its row stride, which the kernels take
         head.backend.logprob_fwd(
-            chunk.logits, rows[chunk.rows], compact[:, chunk.rows], **head.transform
+            chunk.logits, ids[chunk.place], compact[:, chunk.rows], **chunk.transform
         )
     if index is not None:
         stats[:, index] = compact
@@ -46,51 +54,91 @@ def head_gradients(
     ids: Tensor,
     stats: Tensor,
     upstream: tuple[Tensor, Tensor | None, Tensor | None],
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Backward from (dlogp, dlse, dentropy), each (N,): dhidden, dweight, dbias.
+    needs: Needs,
+    *,
+    index: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Backward from (dlogp, dlse, dentropy), each (N,): gradients of hidden, weight, bias, A, B.
 
-    Recomputes the logits of the rows whose derivative is not exactly 0, and of no other.
-    6nHV FLOPs over those n rows; 4nHV when the weight is frozen.
+    Recomputes the logits of the rows in index, or, None, of those whose derivative is not exactly
+    0 (one host sync), and of no other. 6nHV FLOPs over those n rows; 4nHV when the weight is
+    frozen.
     """
-    present = [g for g in upstream if g is not None]
-    size = sum(g.abs() for g in present)
-    # NaN is not 0: a poisoned row stays in
-    index = (size != 0).nonzero()[:, 0]
+    size = sum(g.abs() for g in upstream if g is not None)
+    if index is None:
+        # NaN is not 0: a poisoned row stays in
+        index = (size != 0).nonzero()[:, 0]
     n = index.numel()
-    index = None if n == ids.numel() else index
-    listed = [g if index is None or g is None else g[index] for g in (*upstream, ids)]
+    index = None if n == ids.numel() and head.mask is None else index
     scale = fp16_scale(head.narrow, size)
     if scale is not None:
-        listed[:3] = [None if g is None else g * scale for g in listed[:3]]
-    dlogp, dlse, dentropy, rows = listed
-    compact = stats if index is None else stats[:, index]
+        upstream = tuple(None if g is None else g * scale for g in upstream)
     grads = HeadGradients(head, needs, scale)
+    visit = _by_columns if head.columns_first and n > head.chunk_rows else _by_rows
+    visit(head, ids, stats, upstream, grads, index, n)
+    return grads.finish()
+
+
+def _by_rows(head, ids, stats, upstream, grads, index, n) -> None:
+    """The logits of a chunk of rows at a time, all products of them."""
     for chunk in head.chunks(index, n):
-        part = chunk.rows
+        place = chunk.place
         out = head.gradient_view(chunk.logits)
+        dlogp, dlse, dentropy = (None if g is None else g[place] for g in upstream)
         head.backend.logprob_bwd(
             chunk.logits,
-            rows[part],
-            compact[:, part],
-            dlogp[part],
+            ids[place],
+            stats[:, place],
+            dlogp,
             out,
-            dlse=None if dlse is None else dlse[part],
-            dentropy=None if dentropy is None else dentropy[part],
-            **head.transform,
+            dlse=dlse,
+            dentropy=dentropy,
+            **chunk.transform,
         )
-        grads.add(chunk, out, index)
-    return grads.finish()
+        grads.add(chunk.hidden, out[0], place)
+
+
+def _by_columns(head, ids, stats, upstream, grads, index, n) -> None:
+    """The logits of a slice of the vocabulary at a time, for all rows: dweight is written once,
+    and dhidden is what adds up."""
+    hidden, place = head.gather(index, 0, n)
+    rows = slice(0, n) if index is None else index
+    ids, stats = ids[rows], stats[:, rows]
+    dlogp, dlse, dentropy = (None if g is None else g[rows] for g in upstream)
+    transform = head.transform(place)
+    V, padded = head.weight.shape[0], hidden.shape[0]
+    width = max(1, head.budget // (padded * head.dtype.itemsize))
+    # 128-bit loads of a slice's rows need its width to be a multiple of 4
+    width = min(V, max(16, width // 16 * 16))
+    for start in range(0, V, width):
+        part = slice(start, min(start + width, V))
+        logits = head.logits_buffer(padded, part.stop - start)
+        bias = None if head.bias is None else head.bias[part]
+        gemm.project(hidden, head.weight[part], bias, logits)
+        own = torch.where((ids >= start) & (ids < part.stop), ids - start, -1)
+        view = logits[None, :n]
+        out = head.gradient_view(view)
+        head.backend.logprob_bwd(
+            view, own, stats, dlogp, out, dlse=dlse, dentropy=dentropy, **transform
+        )
+        grads.add_columns(hidden[:n], out[0], part)
+    grads.finish_columns(hidden[:n], place)
 
 
 class _LinearLogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, rows, options):
+    def forward(ctx, hidden, weight, bias, lora_A, lora_B, ids, rows, options):
+        tensors = (hidden, weight, bias, lora_A, lora_B)
+        needs = Needs(*ctx.needs_input_grad[:5])
+        u = None
         with no_autocast(hidden.device):
-            head = LinearHead(hidden, weight, bias, **options)
-            stats = head_stats(head, ids, rows.unmasked_index, rows.n_unmasked)
-        ctx.save_for_backward(hidden, weight, bias, ids, stats)
-        ctx.options, ctx.mask = options, rows.mask
+            head = _head(tensors, options)
+            if needs == (True, False, False, False, False):
+                stats, u = _stats_and_slope(head, ids, rows, needs)
+            else:
+                stats = head_stats(head, ids, rows.unmasked_index, rows.n_unmasked)
+        ctx.save_for_backward(*tensors, ids, stats, u)
+        ctx.options, ctx.mask, ctx.needs = options, rows.mask, needs
         ctx.set_materialize_grads(False)
         # copies: the saved statistics must not change with what the caller does to its results
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
@@ -98,17 +146,42 @@ class _LinearLogProb(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogp, dentropy, dlse):
-        hidden, weight, bias, ids, stats = ctx.saved_tensors
+        *tensors, ids, stats, u = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:
-            return (None,) * 6
+            return (None,) * 8
         upstream = _select((dlogp, dlse, dentropy), ctx.mask, stats[0])
-        needs = tuple(ctx.needs_input_grad[:3])
-        with no_autocast(hidden.device):
-            head = LinearHead(hidden, weight, bias, **ctx.options)
-            grads = head_gradients(head, ids, stats, upstream, needs)
-        inputs_ = (hidden, weight, bias)
-        cast = [None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs_, strict=True)]
+        if u is not None and dentropy is None and dlse is None:
+            dlogp = upstream[0][:, None]
+            dhidden = torch.where(dlogp == 0, torch.zeros_like(u), u * dlogp)
+            return (dhidden.to(tensors[0].dtype), *(None,) * 7)
+        with no_autocast(tensors[0].device):
+            grads = head_gradients(_head(tensors, ctx.options), ids, stats, upstream, ctx.needs)
+        cast = [None if g is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
         return (*cast, None, None, None)
+
+
+def _head(tensors: tuple[Tensor | None, ...], options: dict) -> LinearHead:
+    hidden, weight, bias, lora_A, lora_B = tensors
+    options = dict(options)
+    scale = options.pop("lora_scale")
+    lora = None if lora_A is None else Lora(lora_A, lora_B, scale)
+    return LinearHead(hidden, weight, bias, lora=lora, **options)
+
+
+def _stats_and_slope(head: LinearHead, ids: Tensor, rows: Rows, needs: Needs):
+    """Statistics (4, N) and u = dlogp / dhidden (N, H) fp32, with which a frozen head needs no
+    product in backward."""
+    stats = torch.zeros(4, ids.numel(), dtype=head.dtype, device=ids.device)
+    grads = HeadGradients(head, needs)
+    for chunk in head.chunks(rows.unmasked_index, rows.n_unmasked):
+        own = stats.new_empty(4, chunk.hidden.shape[0])
+        args = (chunk.logits, ids[chunk.place], own)
+        head.backend.logprob_fwd(*args, **chunk.transform)
+        stats[:, chunk.place] = own
+        out = head.gradient_view(chunk.logits)
+        head.backend.logprob_bwd(*args, torch.ones_like(own[0]), out, **chunk.transform)
+        grads.add(chunk.hidden, out[0], chunk.place)
+    return stats, grads.finish()[0]
 
 
 def _select(upstream, mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -127,7 +200,8 @@ def linear_logprob(
     *,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     entropy: bool = False,
@@ -135,23 +209,26 @@ def linear_logprob(
 ) -> LogProbs:
     """Log-probs of ids under an lm_head, without ever holding the (N, V) logits.
 
-        z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
-        logp = log_softmax(z)[ids]
+        z = softcap * tanh(logit_scale * (hidden @ (weight + s * B @ A).T + bias) / softcap)
+        logp = log_softmax(z / temperature)[ids]
 
-    Logits are fp32 from the product, and statistics and the accumulators of dweight and dbias are
-    fp32; each gradient is downcast once. Differentiable in logp, entropy and lse. Backward
-    recomputes the logits of the rows whose upstream gradient is not 0; a frozen weight costs no
-    dweight; under `torch.no_grad` only the forward runs.
+    Logits are fp32 from the product, and statistics and the accumulators of every gradient are
+    fp32; each is downcast once. Differentiable in logp, entropy and lse. Backward recomputes the
+    logits of the rows whose upstream gradient is not 0. With a frozen head the forward keeps
+    dlogp / dhidden (N, H) fp32 instead, and backward through logp has no product: 4NHV in all.
+    Under `torch.no_grad` only the forward runs: 2NHV.
 
     Args:
         hidden: (N, H) or (B, T, H), fp32, fp16, bf16 or fp64.
         weight: (V, H) in the dtype of hidden (or any under autocast); bias: (V,) or None.
         ids: (N,) or (B, T) integers, in [0, V) where unmasked.
         mask: shaped like ids, non-zero where a token counts; masked rows are never read.
-        temperature: > 0. softcap: None or > 0. logit_scale: not 0.
+        lora: adapter (A (r, H), B (V, r), s) of the lm_head, in one product with the weight.
+        temperature: > 0, or a tensor of them: (B,) or shaped like ids.
+        softcap: None or > 0. logit_scale: not 0.
         entropy: also return the entropy of each distribution.
-        workspace_bytes: bound on the temporary memory in bytes; None: 1 GiB on CUDA, 384 MiB
-            elsewhere.
+        workspace_bytes: bound on the temporary memory in bytes; None: room for 2,048 rows and at
+            least 1 GiB on CUDA, 384 MiB elsewhere.
 
     Returns:
         LogProbs, each field shaped like ids, fp32 (fp64 for fp64 inputs), 0 where masked.
@@ -160,21 +237,25 @@ def linear_logprob(
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
     """
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
-    inputs.check_temperature(temperature)
+    lora = inputs.check_lora(lora, hidden, weight)
     backend = select(hidden.device)
     inputs.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
-    rows = inputs.flatten(ids, mask, weight.shape[0], shape, hidden.device)
+    flat_mask = inputs.flat_mask(mask, shape, hidden.device)
+    temperature, inverse = inputs.check_temperature(temperature, shape, flat_mask)
+    rows = inputs.flatten(ids, flat_mask, weight.shape[0], shape)
     options = {
         "backend": backend,
         "workspace_bytes": workspace_bytes,
         "softcap": softcap,
         "logit_scale": float(logit_scale),
-        "temperature": float(temperature),
+        "temperature": temperature,
+        "inv_temperature": inverse,
         "autocast_dtype": autocast_dtype(hidden),
+        "lora_scale": lora[2],
     }
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, ent, lse = _LinearLogProb.apply(flat, weight, bias, rows.ids, rows, options)
+    logp, ent, lse = _LinearLogProb.apply(flat, weight, bias, *lora[:2], rows.ids, rows, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))
 
 
@@ -219,7 +300,7 @@ def logprob(
     ids: Tensor,
     *,
     mask: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     entropy: bool = False,
 ) -> LogProbs:
     """Log-probs of ids under given logits: log_softmax(logits / temperature)[ids].
@@ -232,7 +313,8 @@ def logprob(
             :-1]`).
         ids: (N,) or (B, T) integers, in [0, V) where unmasked.
         mask: shaped like ids, non-zero where a token counts; masked rows are never read.
-        temperature: > 0. entropy: also return the entropy of each distribution.
+        temperature: > 0, or a tensor of them: (B,) or shaped like ids.
+        entropy: also return the entropy of each distribution.
 
     Returns:
         LogProbs, each field shaped like ids, fp32 (fp64 for fp64 logits), 0 where masked.
@@ -241,12 +323,13 @@ def logprob(
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
     """
     inputs.check_logits(logits)
-    inputs.check_temperature(temperature)
     inputs.check_precision("logits", logits, select(logits.device).name)
     shape = tuple(logits.shape[:-1])
-    rows = inputs.flatten(ids, mask, logits.shape[-1], shape, logits.device)
+    flat_mask = inputs.flat_mask(mask, shape, logits.device)
+    temperature, inverse = inputs.check_temperature(temperature, shape, flat_mask)
+    rows = inputs.flatten(ids, flat_mask, logits.shape[-1], shape)
     cube = logits if logits.dim() == 3 else logits[None]
     active = None if mask is None else rows.mask
-    options = {"inv_temperature": 1.0 / float(temperature)}
+    options = {"inv_temperature": 1.0 / temperature if inverse is None else inverse}
     logp, ent, lse = _LogProb.apply(cube, rows.ids, active, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))

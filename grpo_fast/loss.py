@@ -1,112 +1,22 @@
-"""The policy loss, sum(weight * token_loss), from logits or from hidden states and the lm_head.
-
-Token-level ratios go in one pass (logits chunk -> objective -> dlogits in place -> dhidden,
-dweight: 6NHV); sequence-level ratios in two (log-probs of all, objective on (N,), backward on the
-rows that still have a gradient: 2NHV + 6NHV times their share). Without a gradient wanted: 2NHV.
-"""
+"""The policy loss, sum(weight * token_loss), from logits or from hidden states and the lm_head."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import inputs, objectives
+from . import inputs, routes
 from .backend import Backend, select
-from .batch import Batch, objective_arguments, prepare
-from .chunks import HeadGradients, LinearHead, autocast_dtype, fp16_scale, no_autocast
+from .batch import Batch, objective_arguments, prepare, rollout_arguments
+from .chunks import LinearHead, Lora, Needs, autocast_dtype, fp16_scale, no_autocast
 from .config import LossConfig
-from .logprob import head_gradients, head_stats
-from .metrics import Terms, summarize
-from .weights import sequence_sum, spread
-
-
-def _two_pass_terms(batch: Batch, stats: Tensor) -> Terms:
-    """The objective on (N,): from log-probs to weighted losses and their derivative by logp."""
-    config, mask = batch.config, batch.rows.mask
-    logp = stats[0]
-    n = logp.numel()
-    fields = batch.listed(None, logp.dtype)
-    old = logp if batch.old_logp is None else fields["old_logp"]
-    # a banned token has logp - logp = NaN, as it must; a masked one is 0
-    log_ratio = torch.where(mask, logp - old, torch.zeros_like(logp))
-    by_sequence = config.level == "sequence"
-    if by_sequence:
-        lengths = sequence_sum(mask.to(logp.dtype), batch.bounds).clamp(min=1.0)
-        log_ratio = spread(sequence_sum(log_ratio, batch.bounds) / lengths, batch.bounds, n)
-    choice = objective_arguments(config)
-    loss, by_logp, by_ratio, ratio, kl = objectives.token_loss(
-        logp,
-        log_ratio,
-        logp if batch.ref_logp is None else fields["ref_logp"],
-        fields["advantages"],
-        *choice["parameters"],
-        config.beta,
-        choice["objective"],
-        choice["kl"],
-        choice["kl_gradient"],
-        choice["through_ratio"],
-        choice["weight_kl"],
-        batch.ref_logp is not None,
-    )
-    zero = torch.zeros_like(logp)
-    weights = fields["weights"]
-    by_logp = torch.where(mask, by_logp * weights, zero)
-    by_ratio = torch.where(mask, by_ratio * weights, zero)
-    if by_sequence:
-        # every token of a sequence moves its mean log-ratio by 1 / length
-        by_ratio = spread(sequence_sum(by_ratio, batch.bounds) / lengths, batch.bounds, n)
-        by_ratio = torch.where(mask, by_ratio, zero)
-    loss = torch.where(mask, loss * weights, zero)
-    dlogp = by_logp + by_ratio
-    return Terms(loss, logp, stats[1], ratio, kl, dlogp, log_ratio, fields["advantages"], mask)
-
-
-def _one_pass_terms(
-    terms: Tensor, batch: Batch, index: Tensor | None, mask: Tensor | None
-) -> Terms:
-    """Name the rows that the policy kernels filled; index lists the tokens they belong to."""
-    fields = batch.listed(index, terms.dtype)
-    old = fields["old_logp"]
-    log_ratio = torch.zeros_like(terms[1]) if old is None else terms[1] - old
-    return Terms(*terms, log_ratio, fields["advantages"], mask)
-
-
-def _linear_one_pass(head: LinearHead, batch: Batch, needs: tuple[bool, bool, bool]):
-    """6nHV over the rows that may have a gradient, 2nHV over the other unmasked ones."""
-    rows = batch.rows
-    index = rows.unmasked_index
-    fields = batch.listed(index, head.dtype)
-    ids = rows.ids if index is None else rows.ids[index]
-    # (4, n) terms plus dlogp and ratio; see kernels/policy.py
-    terms = torch.empty(6, rows.n_unmasked, dtype=head.dtype, device=ids.device)
-    n_gradient = rows.n_gradient if any(needs) else 0
-    grads = HeadGradients(head, needs)
-    choice = objective_arguments(batch.config)
-
-    def visit(listed: Tensor | None, start: int, stop: int, backward: bool) -> None:
-        for chunk in head.chunks(listed, stop - start):
-            part = slice(start + chunk.rows.start, start + chunk.rows.stop)
-            out = head.gradient_view(chunk.logits) if backward else None
-            row_fields = {k: None if v is None else v[part] for k, v in fields.items()}
-            head.backend.policy(
-                chunk.logits,
-                ids[part],
-                row_fields["advantages"],
-                row_fields["weights"],
-                terms[:, part],
-                out,
-                old_logp=row_fields["old_logp"],
-                ref_logp=row_fields["ref_logp"],
-                **choice,
-                **head.transform,
-            )
-            if backward:
-                grads.add(chunk, out, listed)
-
-    visit(None if index is None else index[:n_gradient], 0, n_gradient, True)
-    visit(None if index is None else index[n_gradient:], n_gradient, rows.n_unmasked, False)
-    return _one_pass_terms(terms, batch, index, None), grads.finish()
+from .logprob import head_stats
+from .metrics import summarize
+from .plan import Facts, Plan, choose
+from .terms import evaluate, named_terms
 
 
 class _Attach(torch.autograd.Function):
@@ -152,6 +62,34 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     return grad
 
 
+def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
+    """What the planner goes by, of a call."""
+    rows, config = batch.rows, batch.config
+    return Facts(
+        n_rows=rows.ids.numel(),
+        n_tokens=rows.n_tokens,
+        n_unmasked=rows.n_unmasked,
+        n_gradient=rows.n_gradient,
+        longest=None if rows.lengths is None else max(rows.lengths, default=0),
+        H=head.width,
+        V=head.weight.shape[0],
+        rank=head.weight.shape[1] - head.width,
+        itemsize=head.dtype.itemsize,
+        needs_hidden=needs.hidden,
+        needs_weight=needs.weight,
+        needs_other=needs.bias or needs.lora_A or needs.lora_B,
+        per_sequence=batch.per_sequence,
+        per_batch=batch.per_batch,
+        known=batch.known,
+        fp16=head.narrow == torch.float16,
+        bonus=config.entropy_coef > 0,
+        top_share=config.top_entropy_quantile,
+        chunk_rows=head.chunk_rows,
+        fixed=rows.fixed,
+        columns_first=head.columns_first and rows.n_gradient > head.chunk_rows,
+    )
+
+
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -163,20 +101,29 @@ def linear_policy_loss(
     cu_seqlens: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
     bias: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    temperature: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    entropy_threshold: Tensor | float | None = None,
     denominator: Tensor | float | int | None = None,
     skip_inactive_forward: bool = False,
+    max_rows: int | None = None,
     workspace_bytes: int | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    explain: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]] | Plan:
     """GRPO-family loss from hidden states and the lm_head, without ever holding the (N, V) logits.
 
     The loss of `LossConfig`, with z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) /
-    softcap) / temperature and logp = log_softmax(z)[ids]. Gradients for hidden, weight and bias are
-    computed in the forward pass (skipped under `torch.no_grad`) and kept for one backward. fp32
-    logits, statistics and accumulators; each gradient is downcast once. Masked rows enter no
-    product; rows whose advantage is 0 (with beta = 0) enter only the forward one.
+    softcap) / temperature and logp = log_softmax(z)[ids]. Gradients for hidden, weight, bias and
+    adapter are computed in the forward pass (skipped under `torch.no_grad`) and kept for one
+    backward. fp32 logits, statistics and accumulators; each gradient is downcast once. Masked rows
+    enter no product; rows that cannot have a gradient (advantage 0 without a KL or an entropy
+    bonus) enter only the forward one. `plan.py` lists the routes and what they cost.
 
     Args:
         hidden: (B, T, H) or packed (N, H); hidden[..., t, :] predicts ids[..., t].
@@ -190,17 +137,30 @@ def linear_policy_loss(
         cu_seqlens: (S+1,) boundaries of a packed batch.
         old_logp: shaped like ids, log-probs of the policy that sampled (nats); None: on-policy,
             ratio 1.
-        ref_logp: shaped like ids, log-probs of the reference (nats); needed when beta > 0.
+        ref_logp: shaped like ids, log-probs of the reference (nats); this or ref_hidden is needed
+            when beta > 0.
+        ref_hidden, ref_weight: (..., H') and (V, H') of the reference, from which ref_logp is
+            computed here (2NHV more); ref_weight None: weight itself, without an adapter.
+        rollout_logp: shaped like ids, log-probs that the rollout engine gave (nats; NaN where it
+            gave none); see `LossConfig.rollout_correction`.
         bias: (V,) or None. softcap: None or > 0. logit_scale: not 0.
+        lora: adapter (A (r, H), B (V, r), s) of the lm_head, in one product with the weight.
+        temperature: (B,) or shaped like ids, > 0; None: `config.temperature`.
+        entropy_threshold: nats; replaces the quantile of this call's own entropies in
+            top_entropy_quantile, e.g. by that of all ranks.
         denominator: the count that the loss type divides by (`weights.count`), over the
             accumulation window and all ranks (divided by the world size when gradients are
             averaged), which makes bnpo the same as dapo; None: this call's.
         skip_inactive_forward: without a KL, leave out the rows that can add nothing to the loss or
             to a gradient (advantage 0; at sequence level, all of a sequence's): 2NHV less for each.
             The loss and the gradients are the same; metrics are then means over the others.
+        max_rows: room for so many unmasked rows. Nothing is read back from the device then, as CUDA
+            graphs ask; the loss is NaN when there are more, or an id is outside the vocabulary.
         workspace_bytes: bound in bytes on the logits and the scratch of one call, on top of the
-            fp32 gradients of hidden and weight (and, under CUDA autocast, their cast copies);
-            None: 1 GiB on CUDA, 384 MiB elsewhere.
+            fp32 gradients of hidden and weight (and, under CUDA autocast, their cast copies); None:
+            room for 2,048 rows and at least 1 GiB on CUDA, 384 MiB elsewhere. It is kept for the
+            next call: `chunks.release_workspace` gives it back.
+        explain: compute nothing and return the `Plan`: the route, its FLOPs and its bytes.
 
     Returns:
         loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.
@@ -211,6 +171,8 @@ def linear_policy_loss(
     """
     config = LossConfig() if config is None else config
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
+    lora_A, lora_B, lora_scale = inputs.check_lora(lora, hidden, weight)
+    inputs.check_reference(ref_logp, ref_hidden, ref_weight, hidden, weight)
     backend = select(hidden.device)
     inputs.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
@@ -225,64 +187,88 @@ def linear_policy_loss(
         cu_seqlens=cu_seqlens,
         old_logp=old_logp,
         ref_logp=ref_logp,
+        rollout_logp=rollout_logp,
+        temperature=temperature,
+        entropy_threshold=entropy_threshold,
         denominator=denominator,
         skip_inactive_forward=skip_inactive_forward,
+        max_rows=max_rows,
+        has_ref=ref_hidden is not None,
     )
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    tensors = (flat, weight, bias)
+    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_A, lora_B)
     wanted = torch.is_grad_enabled()
-    needs = tuple(wanted and t is not None and t.requires_grad for t in tensors)
+    needs = Needs(*(wanted and t is not None and t.requires_grad for t in tensors))
+    options = {
+        "backend": backend,
+        "workspace_bytes": workspace_bytes,
+        "softcap": softcap,
+        "logit_scale": float(logit_scale),
+        "temperature": float(config.temperature),
+        "autocast_dtype": autocast_dtype(hidden),
+        "inv_temperature": batch.inv_temperature,
+        "mask": batch.rows.mask if batch.rows.fixed else None,
+    }
     with torch.no_grad(), no_autocast(hidden.device):
-        head = LinearHead(
-            *tensors,
-            backend,
-            workspace_bytes,
-            softcap,
-            float(logit_scale),
-            float(config.temperature),
-            autocast_dtype(hidden),
-        )
-        # fp16 dlogits need a scale that fits the largest derivative, which one pass does not know
-        if config.level == "token" and head.narrow != torch.float16:
-            terms, gradients = _linear_one_pass(head, batch, needs)
-        else:
-            rows = batch.rows
-            stats = head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)
-            terms = _two_pass_terms(batch, stats)
-            gradients = (None, None, None)
-            if any(needs):
-                gradients = head_gradients(head, rows.ids, stats, (terms.dlogp, None, None), needs)
-        loss, metrics = summarize(
-            terms,
-            batch.rows.n_unmasked,
-            batch.n_tokens,
-            batch.ref_logp is not None,
-            config.ratio_bounds,
-        )
+        adapter = None if lora is None else Lora(lora_A, lora_B, lora_scale)
+        head = LinearHead(*tensors[:3], lora=adapter, **options)
+        if ref_hidden is not None:
+            # a stand-in where only the plan is wanted
+            ref = batch.weights
+            if not explain:
+                ref = _reference(ref_hidden, ref_weight, weight, bias, batch, options)
+            batch = replace(batch, ref_logp=ref)
+        plan = choose(facts_of(head, batch, needs))
+        if explain:
+            return plan
+        terms, gradients = routes.run(plan.route, head, batch, needs)
+        loss, metrics = summarize(terms, batch)
     return (_Attach.apply(loss, gradients, None, *tensors) if any(needs) else loss), metrics
 
 
-def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, inv_temperature):
+def _reference(
+    ref_hidden: Tensor,
+    ref_weight: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    batch: Batch,
+    options: dict,
+) -> Tensor:
+    """Log-probs (N,) of the reference, by the same operations as those of the policy: with equal
+    weights the KL is exactly 0."""
+    flat = ref_hidden.reshape(-1, ref_hidden.shape[-1])
+    head = LinearHead(flat, weight if ref_weight is None else ref_weight, bias, **options)
+    rows = batch.rows
+    return head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)[0]
+
+
+def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, options):
     dtype = torch.promote_types(cube.dtype, torch.float32)
     ids = batch.rows.ids
     stats = torch.empty(4, ids.numel(), dtype=dtype, device=ids.device)
-    options = {"inv_temperature": inv_temperature}
     backend.logprob_fwd(cube, ids, stats, active=active, **options)
-    terms = _two_pass_terms(batch, stats)
+    terms = evaluate(batch, stats)
     scale = None
     if out is not None:
-        dlogp = terms.dlogp
-        scale = fp16_scale(cube.dtype, dlogp)
-        upstream = dlogp if scale is None else dlogp * scale
-        backend.logprob_bwd(cube, ids, stats, upstream, out, active=dlogp != 0, **options)
+        dlogp, dentropy = terms.dlogp, terms.dentropy
+        size = dlogp.abs() if dentropy is None else dlogp.abs() + dentropy.abs()
+        scale = fp16_scale(cube.dtype, size)
+        if scale is not None:
+            dlogp = dlogp * scale
+            dentropy = None if dentropy is None else dentropy * scale
+        backend.logprob_bwd(
+            cube, ids, stats, dlogp, out, dentropy=dentropy, active=size != 0, **options
+        )
     return terms, scale
 
 
-def _logits_one_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, inv_temperature):
+def _logits_one_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, options):
     dtype = torch.promote_types(cube.dtype, torch.float32)
     ids = batch.rows.ids
     terms = torch.empty(6, ids.numel(), dtype=dtype, device=ids.device)
     fields = batch.listed(None, dtype)
+    more = rollout_arguments(batch, fields["rollout_logp"])
+    if batch.config.entropy_coef > 0:
+        more["entropy_coef"] = batch.config.entropy_coef
     backend.policy(
         cube,
         ids,
@@ -293,10 +279,11 @@ def _logits_one_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, 
         old_logp=fields["old_logp"],
         ref_logp=fields["ref_logp"],
         active=active,
-        inv_temperature=inv_temperature,
+        **options,
+        **more,
         **objective_arguments(batch.config),
     )
-    return _one_pass_terms(terms, batch, None, batch.rows.mask), None
+    return named_terms(terms, batch, None, batch.rows.mask), None
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -322,20 +309,26 @@ def policy_loss(
     cu_seqlens: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    temperature: Tensor | None = None,
+    entropy_threshold: Tensor | float | None = None,
     denominator: Tensor | float | int | None = None,
     skip_inactive_forward: bool = False,
+    max_rows: int | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO-family loss from given logits, with logp = log_softmax(logits / temperature)[ids].
 
-    At token level one launch reads each row, evaluates the objective and writes its gradient.
-    Arithmetic in fp32 whatever the logits are stored in; the gradient has their dtype.
+    Where a token's derivative needs its own log-prob alone, one launch reads each row, evaluates
+    the objective and writes its gradient. Arithmetic in fp32 whatever the logits are stored in; the
+    gradient has their dtype.
 
     Args:
         logits: (B, T, V) or packed (N, V), stride 1 over V; other strides are free (`logits[:,
             :-1]`).
         inplace: write the gradient over the logits (saves N V elements). Autograd is told: another
             use of the logits in backward raises.
+        max_rows: anything but None: nothing is read back from the device (`linear_policy_loss`).
         Others: as in `linear_policy_loss`.
 
     Returns:
@@ -364,28 +357,29 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
         old_logp=old_logp,
         ref_logp=ref_logp,
+        rollout_logp=rollout_logp,
+        temperature=temperature,
+        entropy_threshold=entropy_threshold,
         denominator=denominator,
         skip_inactive_forward=skip_inactive_forward,
+        max_rows=max_rows,
+        has_ref=False,
     )
     with torch.no_grad():
         cube = logits.detach() if logits.dim() == 3 else logits.detach()[None]
         out = None
         if needed:
             out = cube if inplace else torch.empty_like(cube, memory_format=torch.contiguous_format)
-        whole = mask is None and batch.rows.n_unmasked == batch.n_tokens
+        whole = mask is None and batch.rows.n_unmasked == batch.rows.n_tokens
         active = None if whole else batch.rows.mask
-        one_pass = config.level == "token" and logits.dtype != torch.float16
+        one_pass = not (batch.per_sequence or batch.per_batch) and logits.dtype != torch.float16
         route = _logits_one_pass if one_pass else _logits_two_pass
-        terms, scale = route(backend, cube, batch, active, out, 1.0 / float(config.temperature))
+        inverse = batch.inv_temperature
+        options = {"inv_temperature": 1.0 / config.temperature if inverse is None else inverse}
+        terms, scale = route(backend, cube, batch, active, out, options)
         if needed and inplace:
             torch.autograd.graph.increment_version(logits)
-        loss, metrics = summarize(
-            terms,
-            batch.rows.n_unmasked,
-            batch.n_tokens,
-            batch.ref_logp is not None,
-            config.ratio_bounds,
-        )
+        loss, metrics = summarize(terms, batch)
     if not needed:
         return loss, metrics
     return _Attach.apply(loss, (out.view(logits.shape),), scale, logits), metrics

@@ -3,32 +3,15 @@ host sync."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .objectives import LOG_RATIO_LIMIT
+from .terms import Terms
 
 
-class Terms(NamedTuple):
-    """What a route knows of each of its K rows; losses and derivatives already carry the weight."""
-
-    loss: Tensor
-    logp: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    kl: Tensor
-    dlogp: Tensor
-    log_ratio: Tensor
-    advantage: Tensor
-    mask: Tensor | None
-    """(K,) bool, or None when every listed row counts."""
-
-
-def summarize(
-    terms: Terms, n_rows: int, n_tokens: int, has_ref: bool, bounds: tuple[float, float]
-) -> tuple[Tensor, dict[str, Tensor]]:
+def summarize(terms: Terms, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the losses, and metrics over the unmasked tokens (means unless said otherwise).
 
     With `skip_inactive_forward` the rows that were computed stand for the tokens, in all but
@@ -38,28 +21,37 @@ def summarize(
         loss: 0-d; exactly 0 when everything is masked.
         metrics: `loss`; `kl` (nats, only with a reference); `entropy` (nats); `clip_low` and
             `clip_high` (share of tokens whose ratio left the bounds on the side its advantage
-            pushes to), `clip_ratio` (their sum); `ratio_mean`, `ratio_min`, `ratio_max`; and the
-            counts `tokens`, `active_rows` (derivative not exactly 0), `nonfinite_tokens` (NaN or
-            infinite log-prob or loss) and `clamped_ratios` (|log-ratio| above 20 nats).
+            pushes to), `clip_ratio` (their sum); `ratio_mean`, `ratio_min`, `ratio_max`; the
+            counts `tokens`, `active_rows` (a derivative that is not exactly 0), `nonfinite_tokens`
+            (NaN or infinite log-prob or loss) and `clamped_ratios` (|log-ratio| above 20 nats);
+            and with rollout log-probs `rollout_gap` (log p(old) / p(rollout), nats),
+            `rollout_ratio_max` and the count `rollout_missing` (NaN log-probs, which are neutral).
     """
+    rows = batch.rows
     total = terms.loss.sum()
     device, dtype = total.device, total.dtype
-    n = max(n_rows, 1)
     mask = torch.ones_like(terms.loss, dtype=torch.bool) if terms.mask is None else terms.mask
+    # a fixed capacity leaves the count on the device
+    n = mask.sum().clamp(min=1) if rows.fixed else max(rows.n_unmasked, 1)
+    n_tokens = mask.sum() if rows.fixed else torch.full((), rows.n_tokens, device=device)
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(mask, values, torch.zeros_like(values)).sum() / n
 
-    def extreme(high: bool) -> Tensor:
-        if n_rows == 0:
+    def extreme(values: Tensor, high: bool) -> Tensor:
+        if values.numel() == 0 or not (rows.fixed or rows.n_unmasked):
             return torch.ones((), device=device, dtype=dtype)
-        fill = torch.full_like(terms.ratio, -torch.inf if high else torch.inf)
-        ratio = torch.where(mask, terms.ratio, fill)
-        return ratio.amax() if high else ratio.amin()
+        fill = torch.full_like(values, -torch.inf if high else torch.inf)
+        kept = torch.where(mask, values, fill)
+        return kept.amax() if high else kept.amin()
 
+    bounds = batch.config.ratio_bounds
     low = ((terms.ratio < bounds[0]) & (terms.advantage < 0)).to(dtype)
     high = ((terms.ratio > bounds[1]) & (terms.advantage > 0)).to(dtype)
     finite = torch.isfinite(terms.logp) & torch.isfinite(terms.loss)
+    active = terms.dlogp != 0
+    if batch.config.entropy_coef > 0 and terms.dentropy is not None:
+        active = active | (terms.dentropy != 0)
     metrics = {
         "loss": total.clone(),
         "entropy": mean(terms.entropy),
@@ -67,13 +59,22 @@ def summarize(
         "clip_high": mean(high),
         "clip_ratio": mean(low + high),
         "ratio_mean": mean(terms.ratio),
-        "ratio_min": extreme(False),
-        "ratio_max": extreme(True),
-        "tokens": torch.full((), n_tokens, device=device),
-        "active_rows": (mask & (terms.dlogp != 0)).sum(),
+        "ratio_min": extreme(terms.ratio, False),
+        "ratio_max": extreme(terms.ratio, True),
+        "tokens": n_tokens,
+        "active_rows": (mask & active).sum(),
         "nonfinite_tokens": (mask & ~finite).sum(),
         "clamped_ratios": (mask & (terms.log_ratio.abs() > LOG_RATIO_LIMIT)).sum(),
     }
-    if has_ref:
+    if batch.ref_logp is not None:
         metrics["kl"] = mean(terms.kl)
+    if terms.rollout_gap is not None:
+        missing = torch.isnan(terms.rollout_gap)
+        gap = torch.where(missing, torch.zeros_like(terms.rollout_gap), terms.rollout_gap)
+        metrics["rollout_gap"] = mean(gap)
+        metrics["rollout_ratio_max"] = extreme(gap.exp(), True)
+        metrics["rollout_missing"] = (mask & missing).sum()
+    if rows.fixed:
+        poison = torch.where(rows.poisoned, torch.nan, 0.0).to(dtype)
+        total, metrics["loss"] = total + poison, metrics["loss"] + poison
     return total, metrics

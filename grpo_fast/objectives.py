@@ -1,10 +1,11 @@
 """Per-token objectives and KL estimators, written once for torch and for Triton.
 
 The kernels compile these very functions with `m` bound to `triton.language` (`kernels/lang.py`), so
-they use arithmetic and `m.exp`, `m.log`, `m.sigmoid`, `m.where` only: no shapes, no branch on a value; a branch
-on an upper-case argument is decided when the kernel is compiled. Each returns the derivative beside
-the value, because a stop-gradient lives in the derivative; `reference.py` writes the detach out and
-a float64 test compares the two. Comparisons are arranged so that a NaN reaches both outputs.
+they use arithmetic and `m.exp`, `m.log`, `m.sigmoid`, `m.where` only: no shapes, no branch on a
+value; a branch on an upper-case argument is decided when the kernel is compiled. Each returns the
+derivative beside the value, because a stop-gradient lives in the derivative; `reference.py` writes
+the detach out and a float64 test compares the two. Comparisons are arranged so that a NaN reaches
+both outputs. Every objective is homogeneous in the advantage: f(c A) = c f(A) for c >= 0.
 """
 
 import torch as m
@@ -16,6 +17,19 @@ LOG_RATIO_LIMIT = 20.0
 def bounded(x, low, high):
     """clamp(x, low, high) that keeps NaN in both languages (Triton's own drops it since 3.8)."""
     return m.where(x < low, low, m.where(x > high, high, x))
+
+
+def one_minus_exp(x):
+    """1 - exp(x) for x <= 0: Taylor to x^9 above -0.5, where the difference would cancel."""
+    s = 1.0 + x / 9.0
+    s = 1.0 + x / 8.0 * s
+    s = 1.0 + x / 7.0 * s
+    s = 1.0 + x / 6.0 * s
+    s = 1.0 + x / 5.0 * s
+    s = 1.0 + x / 4.0 * s
+    s = 1.0 + x / 3.0 * s
+    s = 1.0 + x / 2.0 * s
+    return m.where(x > -0.5, -x * s, 1.0 - m.exp(x))
 
 
 def clip(ratio, logp, advantage, low, high, cap, _):
@@ -92,14 +106,14 @@ def dppo_kl(ratio, logp, advantage, low, high, cap, _):
     """`dppo_tv` with the bounds on KL(old || new) of the event "this token": p_old log(p_old / p)
     + (1 - p_old) log((1 - p_old) / (1 - p)).
 
-    1e-8 stands beside 1 - p, which is 0 in fp32 for a certain token.
+    1e-8 stands beside 1 - p, which is 0 for a certain token.
     Source: Rethinking the Trust Region in LLM Reinforcement Learning (DPPO, 2026), binary form.
     """
-    p = m.exp(logp)
-    p_old = p / ratio
-    other = m.log((1.0 - p_old + 1e-8) / (1.0 - p + 1e-8))
-    divergence = (1.0 - p_old) * other - p_old * m.log(ratio)
-    away = m.where(advantage > 0.0, p - p_old, p_old - p) > 0.0
+    old = logp - m.log(ratio)
+    p_old = m.exp(old)
+    other = m.log((one_minus_exp(old) + 1e-8) / (one_minus_exp(logp) + 1e-8))
+    divergence = (1.0 - p_old) * other + p_old * (old - logp)
+    away = m.where(advantage > 0.0, logp - old, old - logp) > 0.0
     stopped = away & (divergence > m.where(advantage > 0.0, high, low))
     slope = m.where(stopped, 0.0, -m.where(ratio > cap, cap, ratio) * advantage)
     return slope * logp, slope
@@ -145,10 +159,7 @@ def rollout_weight(log_ratio, low, high, MASK):
     Every Step Evolves (IcePop, 2025).
     """
     q = m.exp(bounded(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-    if MASK:
-        factor = m.where((q < low) | (q > high), 0.0, q)
-    else:
-        factor = bounded(q, low, high)
+    factor = m.where((q < low) | (q > high), 0.0, q) if MASK else bounded(q, low, high)
     return m.where(log_ratio == log_ratio, factor, 1.0)
 
 

@@ -55,7 +55,8 @@ def _make_case(V: int, H: int, lengths, seed: int, dtype) -> Case:
     noise = torch.randn(B, T, generator=g, dtype=torch.float64)
     # per-sequence drift, so that sequence-level ratios leave the clip range too
     drift = torch.tensor([-0.45, 0.3, 0.0, -0.25, 0.5, -0.1])[:B, None]
-    old = (logp + 0.25 * noise + drift).float()
+    # at most nearly certain, as probabilities are
+    old = (logp + 0.25 * noise + drift).clamp(max=-1e-3).float()
     ref = (logp + 0.3 * torch.randn(B, T, generator=g, dtype=torch.float64)).float()
     advantages = torch.tensor([1.3, -0.7, 0.4, -1.1, 0.9, -0.2])[:B].contiguous()
     for tensor in (hidden, old, ref):
@@ -90,24 +91,41 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return float("inf") if torch.isnan(error) else error.item()
 
 
+def preset_config(loss_type: str, **more) -> LossConfig:
+    """A configuration of a loss type whose bounds some tokens of a case leave and some do not."""
+    objective = PRESETS[loss_type].objective
+    options = {"temperature": TEMPERATURE, "max_completion_length": 12, "epsilon_high": 0.28}
+    if objective == "clip":
+        options["delta"] = 1.6
+    if loss_type == "rloo":
+        # the ratio of nine tokens is seldom near 1
+        options["epsilon"] = 0.3
+    if objective == "cispo":
+        options["epsilon_high"] = 1.2
+    if objective == "dppo_tv":
+        options |= {"epsilon": 0.05, "epsilon_high": 0.07, "delta": 1.5}
+    if objective == "dppo_kl":
+        options |= {"epsilon": 0.01, "epsilon_high": 0.02, "delta": 1.5}
+    return LossConfig(loss_type=loss_type, **{**options, **more})
+
+
 def configurations() -> list[tuple[LossConfig, bool, bool]]:
-    """Every loss type x level x KL (none, or an estimator, plain or ratio-weighted) x old given or
-    not."""
+    """Every loss type x level, with old log-probs and without, with a KL and without; and for a
+    token-level and a sequence-level one every KL, plain and ratio-weighted."""
     out = []
-    for loss_type in PRESETS:
-        for level in ("token", "sequence"):
-            for kl in (None, "k1", "k2", "k3"):
-                for weighted in (False, True) if kl else (False,):
-                    config = LossConfig(
-                        loss_type=loss_type,
-                        importance_sampling_level=level,
-                        epsilon_high=0.28 if loss_type != "cispo" else 1.2,
-                        delta=None if loss_type == "cispo" else 1.6,
-                        beta=0.3 if kl else 0.0,
-                        kl_estimator=kl or "k3",
-                        use_bias_correction_kl=weighted,
-                        temperature=TEMPERATURE,
-                        max_completion_length=12,
-                    )
-                    out += [(config, old, kl is not None) for old in (False, True)]
+    for loss_type, preset in PRESETS.items():
+        for level in preset.levels or (None,):
+            base = {"importance_sampling_level": level}
+            out += [(preset_config(loss_type, **base), old, False) for old in (False, True)]
+            every = loss_type in ("dapo", "cispo", "gspo", "gmpo")
+            for kl in ("k1", "k2", "k3", "absolute") if every else ("k3",):
+                for weighted in (False, True):
+                    more = {"beta": 0.3, "kl_estimator": kl, "use_bias_correction_kl": weighted}
+                    config = preset_config(loss_type, **base, **more)
+                    out += [(config, old, True) for old in (False, True)]
+    for weighted in (False, True):
+        more = {"beta": 0.3, "kl_gradient": "k2", "use_bias_correction_kl": weighted}
+        out += [(preset_config("dapo", **more), old, True) for old in (False, True)]
+    for aggregation in ("sequence_mean", "sequence_sum", "constant_length"):
+        out.append((preset_config("dapo", aggregation=aggregation), True, False))
     return out

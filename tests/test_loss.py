@@ -22,7 +22,7 @@ def name(value):
             if value.beta
             else "nokl"
         )
-        return f"{value.loss_type}-{value.importance_sampling_level}-{kl}"
+        return f"{value.loss_type}-{value.level}-{value.weights}-{kl}"
     return None
 
 

@@ -1,0 +1,127 @@
+"""From log-probs and entropies (N,) to the weighted loss of every token and its derivatives."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import corrections
+from .batch import Batch, objective_arguments
+from .levels import lift
+from .objectives import LOG_RATIO_LIMIT
+
+
+class Terms(NamedTuple):
+    """What a route knows of each of its K rows; losses and derivatives already carry the weight."""
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    kl: Tensor
+    dlogp: Tensor
+    """d loss / d logp; what the entropy bonus adds is -entropy_coef * weight by the entropy."""
+    log_ratio: Tensor
+    advantage: Tensor
+    """With every correction in it."""
+    mask: Tensor | None
+    """(K,) bool, or None when every listed row counts."""
+    dentropy: Tensor | None = None
+    """d loss / d entropy; None without a bonus."""
+    rollout_gap: Tensor | None = None
+    """log p(old) / p(rollout), NaN where the rollout has none; None without a rollout."""
+
+
+def named_terms(terms: Tensor, batch: Batch, index: Tensor | None, mask: Tensor | None) -> Terms:
+    """Name the (6, K) rows that the policy kernels filled; index lists the tokens they are."""
+    fields = batch.listed(index, terms.dtype)
+    old = fields["old_logp"]
+    log_ratio = torch.zeros_like(terms[1]) if old is None else terms[1] - old
+    gap = batch.rollout_gap
+    if gap is not None and index is not None:
+        gap = gap[index]
+    elif gap is None and fields["rollout_logp"] is not None:
+        gap = terms[1] - fields["rollout_logp"]
+    return Terms(*terms, log_ratio, fields["advantages"], mask, None, gap)
+
+
+def evaluate(batch: Batch, stats: Tensor) -> Terms:
+    """The objective on (N,), from the log-probs and entropies in stats (2 or more, N).
+
+    Every route that does not evaluate a token inside a kernel comes through here.
+    """
+    config, mask = batch.config, batch.rows.mask
+    logp, entropy = stats[0], stats[1]
+    zero = torch.zeros_like(logp)
+    fields = batch.listed(None, logp.dtype)
+    old = logp if batch.old_logp is None else fields["old_logp"]
+    advantages, dropped = _advantages(batch, fields, logp, entropy, old)
+    if config.preset.objective == "vespo" and batch.rollout_logp is not None:
+        # its w is the ratio to the policy that sampled
+        old = torch.where(torch.isnan(fields["rollout_logp"]), old, fields["rollout_logp"])
+    # a banned token has logp - logp = NaN, as it must; a masked one is 0
+    by_token = torch.where(mask, logp - old, zero)
+    clip = (float(config.epsilon), config.upper_epsilon)
+    log_ratio, pull = lift(config.level, by_token, mask, batch.bounds, advantages, clip)
+    choice = objective_arguments(config)
+    loss, by_logp, by_ratio, ratio, kl = choice["token_loss"](
+        logp,
+        log_ratio,
+        logp if batch.ref_logp is None else fields["ref_logp"],
+        advantages,
+        *choice["parameters"],
+        config.beta,
+        choice["objective"],
+        choice["kl"],
+        choice["kl_gradient"],
+        choice["through_ratio"],
+        choice["weight_kl"],
+        batch.ref_logp is not None,
+    )
+    weights = fields["weights"]
+    dentropy = None
+    if config.entropy_coef > 0:
+        dentropy = torch.where(mask & ~dropped, -config.entropy_coef * weights, zero)
+        loss = loss - torch.where(dropped, zero, config.entropy_coef * entropy)
+    by_logp = torch.where(mask, by_logp * weights, zero)
+    by_ratio = torch.where(mask, by_ratio * weights, zero)
+    loss = torch.where(mask, loss * weights, zero)
+    # a masked token of the sequence gets nothing of its ratio
+    dlogp = by_logp + torch.where(mask, pull(by_ratio), zero)
+    if config.level == "sequence_clipped":
+        # its clip is one of token ratios
+        log_ratio, ratio = by_token, by_token.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    gap = batch.rollout_gap
+    if gap is None and batch.rollout_logp is not None:
+        gap = logp - fields["rollout_logp"]
+    return Terms(loss, logp, entropy, ratio, kl, dlogp, log_ratio, advantages, mask, dentropy, gap)
+
+
+def _advantages(
+    batch: Batch, fields: dict, logp: Tensor, entropy: Tensor, old: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Advantages (N,) with the corrections that need this pass, and the tokens outside the
+    top-entropy set."""
+    config, mask, bounds = batch.config, batch.rows.mask, batch.bounds
+    advantages, rollout = fields["advantages"], fields["rollout_logp"]
+    dropped = torch.zeros_like(mask)
+    # with old log-probs `prepare` has applied it
+    if rollout is not None and batch.old_logp is None and config.preset.objective != "vespo":
+        factor = corrections.rollout_factor(config, old - rollout, mask, bounds)
+        advantages = corrections.scaled(advantages, factor)
+    if config.off_policy_mask_threshold is not None:
+        sampled = old if rollout is None else torch.where(torch.isnan(rollout), logp, rollout)
+        factor = corrections.on_policy_factor(
+            config.off_policy_mask_threshold, logp, sampled, advantages, mask, bounds
+        )
+        advantages = corrections.scaled(advantages, factor)
+    if config.top_entropy_quantile < 1.0:
+        threshold = batch.entropy_threshold
+        if threshold is None:
+            share = config.top_entropy_quantile
+            threshold = corrections.entropy_threshold(share, entropy, mask)
+        dropped = entropy < threshold
+        advantages = torch.where(dropped, torch.zeros_like(advantages), advantages)
+    return advantages, dropped
