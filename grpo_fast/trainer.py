@@ -16,7 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from .advantages import group_advantages
+from .advantages import advantages_of
 from .heads import evaluating
 from .loss import linear_policy_loss
 from .models import ReferencePolicy, attach
@@ -180,7 +180,8 @@ class GRPOTrainer(RolloutTrainer):
     def advantages(self, rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
         """Stage 3: rewards (B, K) of all ranks -> advantages (B,) and weighted rewards (P, G)."""
         total = weighted(rewards, self.rewards.weights).view(-1, num_generations)
-        return group_advantages(total, self.args.scale_rewards).flatten(), total
+        name, options = self.args.estimator
+        return advantages_of(name, total, **options).flatten(), total
 
     def batch(
         self, rollouts: Rollouts, advantages: Tensor, evaluate: bool = False

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from .config import LossConfig
+from .advantages import ADVANTAGES, SCHEMES, check_estimator, check_weighting
+from .config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS, LossConfig
 
 _SCALES = {True: "group", False: "none", "True": "group", "False": "none"}
+# (option, keyword of `reward_weights`)
+_WEIGHTING = (
+    ("reward_weight_scheme", "scheme"),
+    ("reward_weight_temperature", "temperature"),
+    ("reward_weight_keep", "keep"),
+)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names)
 
 
 def _option(default: object, text: str):
@@ -27,6 +39,11 @@ class GRPOConfig(TrainingArguments):
         generation_batch_size = B * P * S      completions sampled at once
         window                = S micro-batches of B completions on each rank,
                                 used num_iterations times
+
+    Advantages are those of the paper of `loss_type` (`PRESETS[loss_type].advantage`), with two
+    exceptions: dr_grpo divides by the std of the group until scale_rewards="none" (or False) says
+    otherwise, as in TRL, and ppo and reinforce, which name no estimator, take those of the group.
+    `advantage_estimator` chooses another one, `scale_rewards` the division of the group's.
 
     Defaults of `TrainingArguments` that differ here: learning_rate 1e-6, logging_steps 10,
     remove_unused_columns False (reward functions get every column), logging_nan_inf_filter False
@@ -89,18 +106,45 @@ class GRPOConfig(TrainingArguments):
     )
 
     # loss
-    loss_type: str = _option(LossConfig.loss_type, "grpo, bnpo, dr_grpo, dapo or cispo.")
+    loss_type: str = _option(LossConfig.loss_type, f"One of {_listed(PRESETS)}.")
     importance_sampling_level: str | None = _option(
-        LossConfig.importance_sampling_level, "token, or sequence (GSPO)."
+        LossConfig.importance_sampling_level,
+        f"Level of the ratio: {_listed(LEVELS)}; default: the loss type's own.",
+    )
+    aggregation: str | None = _option(
+        LossConfig.aggregation,
+        f"Mean of the token losses: {_listed(AGGREGATIONS)}; default: the loss type's own.",
     )
     epsilon: float = _option(LossConfig.epsilon, "Lower clip.")
     epsilon_high: float | None = _option(LossConfig.epsilon_high, "Upper clip; default: epsilon.")
     delta: float | None = _option(LossConfig.delta, "Cap of the ratio (two-sided clipping).")
     beta: float = _option(LossConfig.beta, "KL coefficient; 0 loads no reference policy.")
-    kl_estimator: str = _option(LossConfig.kl_estimator, "k1, k2 or k3.")
+    kl_estimator: str = _option(LossConfig.kl_estimator, f"One of {_listed(KL_ESTIMATORS)}.")
+    kl_gradient: str | None = _option(
+        LossConfig.kl_gradient, "KL estimator that lends its gradient; default: kl_estimator."
+    )
     use_bias_correction_kl: bool = _option(
         LossConfig.use_bias_correction_kl, "Multiply the KL by the importance ratio."
     )
+    entropy_coef: float = _option(LossConfig.entropy_coef, "Coefficient of the entropy bonus.")
+    top_entropy_quantile: float = _option(
+        LossConfig.top_entropy_quantile,
+        "Share of the tokens, those of highest entropy, that keep their objective.",
+    )
+    off_policy_mask_threshold: float | None = _option(
+        LossConfig.off_policy_mask_threshold,
+        "Nats from the old policy beyond which a completion of negative advantage is left out.",
+    )
+    sapo_temperature_pos: float = _option(
+        LossConfig.sapo_temperature_pos, "sapo: temperature of the gate, advantage > 0."
+    )
+    sapo_temperature_neg: float = _option(
+        LossConfig.sapo_temperature_neg, "sapo: temperature of the gate, advantage <= 0."
+    )
+    vespo_k_pos: float = _option(LossConfig.vespo_k_pos, "vespo: exponent, advantage >= 0.")
+    vespo_lambda_pos: float = _option(LossConfig.vespo_lambda_pos, "vespo: decay, advantage >= 0.")
+    vespo_k_neg: float = _option(LossConfig.vespo_k_neg, "vespo: exponent, advantage < 0.")
+    vespo_lambda_neg: float = _option(LossConfig.vespo_lambda_neg, "vespo: decay, advantage < 0.")
     num_iterations: int = _option(1, "How often each window of completions is used.")
     mask_truncated_completions: bool = _option(
         False, "Leave completions that hit max_completion_length out of the loss."
@@ -111,9 +155,22 @@ class GRPOConfig(TrainingArguments):
 
     # rewards
     reward_weights: list[float] | None = _option(None, "One weight per reward; default: 1.0 each.")
-    scale_rewards: str = _option(
-        "group",
-        "Divide advantages by the std of the 'group' (True), of the 'batch', or 'none' (False).",
+    scale_rewards: str | None = _option(
+        None,
+        "Divide the group's advantages by the std of the 'group' (True), of the 'batch', or 'none' "
+        "(False); default: 'group', for gpg 'none'.",
+    )
+    advantage_estimator: str | None = _option(
+        None, f"Advantages: {_listed(ADVANTAGES)}; default: the loss type's own."
+    )
+    reward_weight_scheme: str = _option(
+        "softmax", f"Weights of the completions for reward_weighted: {_listed(SCHEMES)}."
+    )
+    reward_weight_temperature: float = _option(
+        1.0, "Temperature of the scheme softmax, in units of the reward."
+    )
+    reward_weight_keep: int = _option(
+        1, "Completions of each group that the scheme rejection keeps."
     )
 
     # reference policy
@@ -143,23 +200,31 @@ class GRPOConfig(TrainingArguments):
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self._check_sampling()
         self._check_rewards()
+        self._check_advantages()
         self._check_batches()
         self._check_trainer()
 
     def loss_config(self) -> LossConfig:
         """The loss these arguments describe; `LossConfig` owns its defaults and its checks."""
-        return LossConfig(
-            loss_type=self.loss_type,
-            importance_sampling_level=self.importance_sampling_level,
-            epsilon=self.epsilon,
-            epsilon_high=self.epsilon_high,
-            delta=self.delta,
-            beta=self.beta,
-            kl_estimator=self.kl_estimator,
-            use_bias_correction_kl=self.use_bias_correction_kl,
-            temperature=self.temperature,
-            max_completion_length=self.max_completion_length,
-        )
+        shared = [f.name for f in fields(LossConfig) if f.name in type(self).__dataclass_fields__]
+        return LossConfig(**{name: getattr(self, name) for name in shared})
+
+    @property
+    def estimator(self) -> tuple[str, dict[str, Any]]:
+        """Key of `ADVANTAGES` and its keywords: what the trainer makes of the rewards."""
+        name, scale = self.advantage_estimator, self.scale_rewards
+        if name is None:
+            name = PRESETS[self.loss_type].advantage
+            # no paper of TRL's loss types changes TRL's default, and "given" names no estimator
+            if name == "given" or self.loss_type == "dr_grpo":
+                name = "group"
+            if name in ("group", "centered") and scale is not None:
+                name = "centered" if scale == "none" else "group"
+        if name == "group":
+            return name, {"scale": scale or "group"}
+        if name == "reward_weights":
+            return name, {keyword: getattr(self, option) for option, keyword in _WEIGHTING}
+        return name, {}
 
     @property
     def window_uses(self) -> int:
@@ -221,7 +286,7 @@ class GRPOConfig(TrainingArguments):
 
     def _check_rewards(self) -> None:
         self.scale_rewards = _SCALES.get(self.scale_rewards, self.scale_rewards)
-        if self.scale_rewards not in ("group", "batch", "none"):
+        if self.scale_rewards not in ("group", "batch", "none", None):
             raise ValueError(
                 f"scale_rewards must be 'group', 'batch' or 'none', got {self.scale_rewards!r}."
             )
@@ -229,6 +294,38 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(
                 "sync_ref_model: beta is 0, so there is no reference; set beta above 0."
             )
+
+    def _check_advantages(self) -> None:
+        if self.advantage_estimator is not None:
+            check_estimator(self.advantage_estimator, "advantage_estimator")
+        name, _ = self.estimator
+        source = "loss_type" if self.advantage_estimator is None else "advantage_estimator"
+        chosen = f"{source} = {getattr(self, source)!r}"
+        scales = ("group", "batch") if name == "group" else ("none",)
+        if self.scale_rewards is not None and self.scale_rewards not in scales:
+            expected = " or ".join(map(repr, (None, *scales)))
+            raise ValueError(
+                f"scale_rewards: {chosen} takes {name} advantages, expected {expected}, "
+                f"got {self.scale_rewards!r}."
+            )
+        if name == "reward_weights":
+            check_weighting(
+                **{keyword: getattr(self, option) for option, keyword in _WEIGHTING},
+                prefix="reward_weight_",
+            )
+            if self.reward_weight_keep > self.num_generations:
+                raise ValueError(
+                    f"reward_weight_keep must be at most num_generations = {self.num_generations}, "
+                    f"got {self.reward_weight_keep}."
+                )
+            return
+        for option, _ in _WEIGHTING:
+            value = getattr(self, option)
+            if value != type(self).__dataclass_fields__[option].default:
+                raise ValueError(
+                    f"{option}: {chosen} takes {name} advantages, which have no weights, got "
+                    f"{value!r}; set advantage_estimator='reward_weights' or leave it out."
+                )
 
     def _check_batches(self) -> None:
         step = self.per_device_train_batch_size * self.world_size

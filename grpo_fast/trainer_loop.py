@@ -38,7 +38,6 @@ _FINGERPRINT = (
     "repetition_penalty",
     "generation_kwargs",
     "chat_template_kwargs",
-    "scale_rewards",
     "mask_truncated_completions",
     "sync_ref_model",
     "ref_model_mixup_alpha",
@@ -188,6 +187,7 @@ class RolloutTrainer(Trainer):
         return {
             **settings,
             **loss,
+            "advantages": self.args.estimator,
             "model": checkpoint.model_digest(self.model),
             "train_dataset": [len(self.train_dataset), self._data_digest],
             "ranks": self.accelerator.num_processes,

@@ -143,6 +143,10 @@ def test_no_complete_checkpoint_is_refused(tmp_path):
     [
         ({"loss.beta": {"beta": 0.1}}, ["loss.beta was 0.04, is 0.1"]),
         ({"seed": {"seed": 4}}, ["seed was 3, is 4"]),
+        (
+            {"advantages": {"scale_rewards": False}},
+            ["advantages was ['group', {'scale': 'group'}], is ['centered', {}]"],
+        ),
         ({"data": {"train_dataset": dataset(6)}}, ["train_dataset was [4, "]),
         ({"words": {"train_dataset": dataset(8)[4:]}}, ["train_dataset was [4, "]),
         ({"model": {"policy": model(head_dim=4)}}, ["model was "]),
