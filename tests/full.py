@@ -147,7 +147,7 @@ def load(results: Path) -> dict[str, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", metavar="NAME", help="run this sweep; repeatable")
+    parser.add_argument("--only", action="append", metavar="NAME", help="this sweep; repeatable")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of full.json")
     args = parser.parse_args(argv)
     unknown = [name for name in args.only or () if name not in SWEEPS]
@@ -156,12 +156,13 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [name for name in SWEEPS if not args.only or name in args.only]
     entries, failed = load(args.results), []
     for number, name in enumerate(chosen, 1):
-        print(f"== [{number}/{len(chosen)}] {name}: {SWEEPS[name].claim}", flush=True)
+        head = f"== [{number}/{len(chosen)}] {name}"
+        print(f"{head}: {SWEEPS[name].claim}", flush=True)
         entry = run(name, SWEEPS[name])
         entries[name] = entry
         failed += [] if entry["passed"] else [name]
         verdict = "passed" if entry["passed"] else f"FAILED, exit status {entry['exit_status']}"
-        print(f"== [{number}/{len(chosen)}] {name}: {verdict}, {entry['seconds']:.0f} s", flush=True)
+        print(f"{head}: {verdict}, {entry['seconds']:.0f} s", flush=True)
         ordered = [entries[known] for known in SWEEPS if known in entries]
         write_atomically(
             args.results / "full.json", json.dumps({"sweeps": ordered}, indent=1) + "\n"

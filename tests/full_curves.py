@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import curve_arms as arms
 import numpy as np
 import torch
-
-import curve_arms as arms
 from full import provenance, write_atomically
-from grpo_fast import LossConfig
 from toy_rl import Curves, train
+
+from grpo_fast import LossConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STEPS = 300
@@ -40,6 +40,8 @@ FINAL = 50
 # two-sided 99 % quantile of Student's t, by degrees of freedom
 T99 = {6: 3.707, 7: 3.499}
 LEAST_INSIDE = 0.95
+# what our loss has to do with the seed and the weights of the reference
+LEAST_TRACKED, LARGEST_GAP = 10, 0.01
 
 
 @dataclass(frozen=True)
@@ -167,3 +169,172 @@ def stack(done: dict[Job, Curves], setting: str, arm: str, curve: str) -> np.nda
     """(seeds, steps) of an arm, by rising seed."""
     chosen = sorted((j.seed, c) for j, c in done.items() if (j.setting, j.arm) == (setting, arm))
     return np.array([getattr(curves, curve) for _, curves in chosen])
+
+
+def tracking(done: dict[Job, Curves], setting: str) -> dict[str, float]:
+    """fp32 weights and our loss against the reference's run of the same seed.
+
+    Returns:
+        steps: how many steps, of the worst seed, until the entropies are 1e-3 nats apart; then a
+        token has been drawn differently and the two are different experiments. gap: largest
+        difference of a curve up to there, in half-widths of the band of a run at that step.
+    """
+    ours, theirs = (
+        {c: stack(done, setting, arm, c) for c in CURVES} for arm in ("fp32", "reference")
+    )
+    n = len(ours["entropy"])
+    apart = abs(ours["entropy"] - theirs["entropy"][:n]) > 1e-3
+    steps = [int(row.argmax()) if row.any() else len(row) for row in apart]
+    gaps = []
+    for curve in CURVES:
+        half = band(theirs[curve], 1)[1]
+        for row, other, stop in zip(ours[curve], theirs[curve], steps, strict=False):
+            gaps += list(abs(row - other)[:stop] / half[:stop])
+    return {"steps": min(steps), "gap": float(max(gaps))}
+
+
+def leave_one_out(done: dict[Job, Curves], setting: str) -> dict[str, dict[str, float]]:
+    """Each seed of the reference in the band of the other seven: what chance alone does."""
+    out = {}
+    for curve in CURVES:
+        runs = stack(done, setting, "reference", curve)
+        each = [distance(np.delete(runs, i, 0), runs[i : i + 1]) for i in range(len(runs))]
+        out[curve] = {
+            "inside": float(np.mean([d["inside"] for d in each])),
+            "least_inside": min(d["inside"] for d in each),
+            "final": max(d["final"] for d in each),
+        }
+    return out
+
+
+def verdicts(done: dict[Job, Curves]) -> dict[str, dict]:
+    """What every setting showed: each arm with its distances and whether it is inside."""
+    out = {}
+    for name, setting in SETTINGS.items():
+        arm_results = {}
+        for arm in ("fp32", "bf16", *setting.controls):
+            if not any((job.setting, job.arm) == (name, arm) for job in done):
+                continue
+            numbers = {
+                c: distance(stack(done, name, "reference", c), stack(done, name, arm, c))
+                for c in CURVES
+            }
+            inside = all(judge(n) for n in numbers.values())
+            arm_results[arm] = {"inside": inside, **numbers}
+        out[name] = {
+            "arms": arm_results,
+            "tracking": tracking(done, name),
+            "leave_one_out": leave_one_out(done, name),
+        }
+    return out
+
+
+def failures(results: dict[str, dict]) -> list[str]:
+    """What keeps the sweep from passing, in words."""
+    out = []
+    for name, setting in SETTINGS.items():
+        found = results[name]["arms"]
+        left = [arm for arm in ("fp32", "bf16") if not found[arm]["inside"]]
+        out += [f"{name}: {arm} left the band" for arm in left]
+        if all(found[control]["inside"] for control in setting.controls):
+            out.append(f"{name}: no wrong loss left the band, so staying inside shows nothing")
+        follows = results[name]["tracking"]
+        if follows["steps"] < LEAST_TRACKED or follows["gap"] > LARGEST_GAP:
+            out.append(f"{name}: fp32 does not follow the reference: {follows}")
+    return out
+
+
+def report(results: dict[str, dict]) -> dict[str, str]:
+    """The figures for tests/results/full.json, which are also printed."""
+    out = {}
+    for name, result in results.items():
+        follows = result["tracking"]
+        out[f"{name}: same seed, fp32 against reference"] = (
+            f"same tokens for at least {follows['steps']} steps, "
+            f"until then within {follows['gap']:.1e} of the band's half-width"
+        )
+        for arm, numbers in result["arms"].items():
+            share = min(numbers[c][k] for c in CURVES for k in ("inside", "mean_inside"))
+            end = max(numbers[c][k] for c in CURVES for k in ("final", "final_mean"))
+            place = "inside" if numbers["inside"] else "outside"
+            kind = arm if arm in ("fp32", "bf16") else f"wrong on purpose, {arm}"
+            out[f"{name}: {kind}"] = (
+                f"{place}: {share:.1%} of the steps in the band, end at {end:.2f} of its half-width"
+            )
+        least = min(r["least_inside"] for r in result["leave_one_out"].values())
+        mean = np.mean([r["inside"] for r in result["leave_one_out"].values()])
+        out[f"{name}: each reference seed in the band of the others"] = (
+            f"{mean:.1%} of the steps, the worst curve {least:.1%}"
+        )
+    return out
+
+
+def summary(done: dict[Job, Curves]) -> dict[str, dict]:
+    """Mean, standard deviation between seeds, of every arm and curve over parts of 30 steps; and
+    how many tokens were clipped."""
+    out: dict[str, dict] = {}
+    for setting, arm in dict.fromkeys((job.setting, job.arm) for job in done):
+        numbers: dict = {}
+        for curve in (*CURVES, "clipped", "length"):
+            runs = stack(done, setting, arm, curve)
+            parts = runs.reshape(len(runs), -1, 30).mean(-1)
+            numbers[curve] = {
+                "mean": [float(f"{x:.4g}") for x in parts.mean(0)],
+                "std": [float(f"{x:.3g}") for x in parts.std(0, ddof=1)],
+            }
+        out.setdefault(setting, {})[arm] = numbers
+    return out
+
+
+def draw(done: dict[Job, Curves], path: Path) -> None:
+    """Bands in grey, the runs with bf16 weights, and the mean of each wrong loss."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(SETTINGS), 3, figsize=(13, 3.4 * len(SETTINGS)), squeeze=False)
+    steps = np.arange(WINDOW, STEPS + 1)
+    for row, (name, setting) in zip(axes, SETTINGS.items(), strict=True):
+        for axis, curve in zip(row, CURVES, strict=True):
+            centre, half = band(smooth(stack(done, name, "reference", curve)), 1)
+            axis.fill_between(steps, centre - half, centre + half, color="0.88", label="band")
+            axis.plot(steps, centre, color="0.4", label="fp32 reference")
+            for i, run_ in enumerate(smooth(stack(done, name, "bf16", curve))):
+                axis.plot(steps, run_, color="C0", lw=0.8, label=None if i else "bf16, ours")
+            for i, control in enumerate(setting.controls):
+                mean = smooth(stack(done, name, control, curve)).mean(0)
+                axis.plot(steps, mean, color=f"C{i + 1}", lw=1, ls="--", label=control)
+            axis.set_title(f"{name}: {curve}")
+            # a wrong loss may go far: the band decides what is shown
+            low, high = (centre - half).min(), (centre + half).max()
+            axis.set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
+        row[0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--numbers", type=Path, help="write the figures to this JSON file, too")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    source = provenance()
+    done = run_all(jobs(), args.workers)
+    results = verdicts(done)
+    figures, wrong = report(results), failures(results)
+    for key, value in figures.items():
+        print(f"  {key}: {value}")
+    print("\n".join(f"FAILED {line}" for line in wrong) or "curves: passed", flush=True)
+    whole = {"passed": not wrong, **source, "verdicts": results, "curves": summary(done)}
+    write_atomically(args.results / "curves.json", json.dumps(whole, indent=1) + "\n")
+    draw(done, args.results / "curves.png")
+    if args.numbers:
+        write_atomically(args.numbers, json.dumps(figures))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

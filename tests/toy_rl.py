@@ -1,8 +1,8 @@
-"""A toy task that a tiny transformer learns with a GRPO loss in 300 optimizer steps on one CPU core.
+"""A toy task that a tiny transformer learns with a GRPO loss in 300 optimizer steps on a CPU core.
 
-A prompt names a class of tokens; the reward is the share of the 16 places that hold a token of that
-class. Eight stop tokens end a completion, so that lengths differ until the model has learned not to
-stop.
+A prompt is four tokens of one class; the reward is the share of the 16 places that hold a token of
+that class. Eight stop tokens end a completion, so that lengths differ until the model has learned
+not to stop.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ PROMPTS, GROUP = 8, 8
 REUSE = 2
 LEARNING_RATE = 4e-3
 
-# (hidden, weight, ids, advantages, config, mask, old_logp, ref_logp) -> loss, entropy, clipped share
+# (hidden, weight, ids, advantages, config, mask, old_logp, ref_logp)
+# -> loss, entropy, clipped share of the tokens
 Loss = Callable[..., tuple[Tensor, Tensor, Tensor]]
 # (hidden, weight, ids) -> logp
 Logprob = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -49,10 +50,11 @@ class Block(nn.Module):
             if cache:
                 k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
             cache[:] = k, v
-        # one new token sees everything before it
-        x = x + self.out(
-            F.scaled_dot_product_attention(q, k, v, is_causal=T > 1).transpose(1, 2).reshape(B, T, H)
-        )
+        # written out: the fused one takes 45 ms for its bf16 backward on a CPU
+        hidden = torch.ones(T, k.shape[2], dtype=torch.bool).triu(k.shape[2] - T + 1)
+        scores = (q @ k.transpose(2, 3) * (H // HEADS) ** -0.5).float()
+        seen = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(v.dtype) @ v
+        x = x + self.out(seen.transpose(1, 2).reshape(B, T, H))
         return x + self.down(F.silu(self.up(F.rms_norm(x, (H,), self.norms[1]))))
 
 
