@@ -161,8 +161,8 @@ def judge(numbers: dict[str, float]) -> bool:
     The mean of a few seeds shows a bias that is too small for one of them; the end shows one that
     grows slowly.
     """
-    enough = min(numbers["inside"], numbers["mean_inside"]) >= LEAST_INSIDE
-    return enough and max(numbers["final"], numbers["final_mean"]) <= 1.0
+    enough = all(numbers[name] >= LEAST_INSIDE for name in ("inside", "mean_inside"))
+    return enough and all(numbers[name] <= 1.0 for name in ("final", "final_mean"))
 
 
 def stack(done: dict[Job, Curves], setting: str, arm: str, curve: str) -> np.ndarray:
