@@ -237,17 +237,43 @@ def _rows(dtype: torch.dtype, V: int):
     return torch.empty(1, 3, V, dtype=dtype), ids, active, torch.zeros(3), torch.zeros(6, 3)
 
 
-def _forward(dtype: torch.dtype, V: int, *, full: bool) -> None:
-    logits, ids, active, _, stats = _rows(dtype, V)
+def _temperature(by_row: torch.Tensor | None) -> dict:
+    return {"inv_temperature": 0.7 if by_row is None else by_row}
+
+
+def _forward(dtype: torch.dtype, V: int, *, full: bool, by_row: bool = False) -> None:
+    logits, ids, active, vector, stats = _rows(dtype, V)
     extra = {"active": active, "softcap": 30.0} if full else {}
-    logprob.logprob_fwd(logits, ids, stats[:4], inv_temperature=0.7, **extra)
+    temperature = _temperature(vector if by_row else None)
+    logprob.logprob_fwd(logits, ids, stats[:4], **temperature, **extra)
 
 
-def _backward(dtype: torch.dtype, V: int, *, full: bool, out: torch.dtype | None = None) -> None:
+def _backward(
+    dtype: torch.dtype,
+    V: int,
+    *,
+    full: bool,
+    by_row: bool = False,
+    out: torch.dtype | None = None,
+) -> None:
     logits, ids, active, vector, stats = _rows(dtype, V)
     target = logits if out is None else torch.empty(logits.shape, dtype=out)
     extra = {"active": active, "softcap": 30.0, "dlse": vector, "dentropy": vector} if full else {}
-    logprob.logprob_bwd(logits, ids, stats[:4], vector, target, inv_temperature=0.7, **extra)
+    temperature = _temperature(vector if by_row else None)
+    logprob.logprob_bwd(logits, ids, stats[:4], vector, target, **temperature, **extra)
+
+
+# objective -> whether it acts through the ratio
+OBJECTIVES = {
+    objectives.clip: True,
+    objectives.surrogate: True,
+    objectives.sapo: True,
+    objectives.cispo: False,
+    objectives.reinforce: False,
+    objectives.vespo: False,
+    objectives.dppo_tv: False,
+    objectives.dppo_kl: False,
+}
 
 
 def _policy(
@@ -255,14 +281,27 @@ def _policy(
     V: int,
     *,
     full: bool = False,
+    extras: bool = False,
     gradient: bool = True,
-    cispo: bool = False,
+    objective: Callable = objectives.clip,
+    kl: Callable = objectives.k3,
+    kl_gradient: Callable | None = None,
+    rollout_mask: bool = False,
     out: torch.dtype | None = None,
 ) -> None:
+    """full: mask, softcap, old and reference log-probs; extras: entropy bonus, rollout correction
+    and a temperature for each row."""
     logits, ids, active, vector, terms = _rows(dtype, V)
-    extra = (
+    given = (
         {"active": active, "softcap": 30.0, "old_logp": vector, "ref_logp": vector} if full else {}
     )
+    if extras:
+        given |= {
+            "entropy_coef": 0.01,
+            "rollout_logp": vector,
+            "rollout_weight": objectives.rollout_weight,
+            "rollout_mask": rollout_mask,
+        }
     policy.policy(
         logits,
         ids,
@@ -271,14 +310,15 @@ def _policy(
         terms,
         (logits if out is None else logits.view(out)[..., :V]) if gradient else None,
         token_loss=objectives.token_loss,
-        objective=objectives.cispo if cispo else objectives.clip,
-        kl=objectives.k1 if cispo else objectives.k3,
-        through_ratio=not cispo,
+        objective=objective,
+        kl=kl,
+        kl_gradient=kl_gradient or kl,
+        through_ratio=OBJECTIVES[objective],
         weight_kl=True,
-        bounds=(0.8, 1.2, float("inf")),
+        parameters=(0.8, 1.2, float("inf"), 0.5),
         beta=0.04 if full else 0.0,
-        inv_temperature=0.7,
-        **extra,
+        **_temperature(vector if extras else None),
+        **given,
     )
 
 
@@ -291,10 +331,11 @@ def launch_rows(operation: str, rows: int, start: int, number: float) -> None:
     ids = torch.zeros(total, dtype=torch.int64)[part]
     vector = torch.zeros(total)[part]
     terms = torch.zeros(6, total)[:, part]
-    temperature = {"inv_temperature": 0.5 + number}
-    if operation == "forward":
+    by_row = operation.endswith("by row")
+    temperature = {"inv_temperature": vector if by_row else 0.5 + number}
+    if operation.startswith("forward"):
         logprob.logprob_fwd(logits, ids, terms[:4], **temperature)
-    elif operation == "backward":
+    elif operation.startswith("backward"):
         logprob.logprob_bwd(logits, ids, terms[:4], vector, logits, **temperature)
     else:
         policy.policy(
@@ -307,12 +348,17 @@ def launch_rows(operation: str, rows: int, start: int, number: float) -> None:
             token_loss=objectives.token_loss,
             objective=objectives.clip,
             kl=objectives.k3,
+            kl_gradient=objectives.k3,
             through_ratio=True,
             weight_kl=True,
-            bounds=(1.0 - number / 4, 1.0 + number, 2.0 + number),
+            parameters=(1.0 - number / 4, 1.0 + number, 2.0 + number, number),
             beta=number,
+            entropy_coef=0.01 + number,
             old_logp=vector,
             ref_logp=vector,
+            rollout_logp=vector,
+            rollout_weight=objectives.rollout_weight,
+            rollout_bounds=(number / 2, 2.0 + number),
             **temperature,
         )
 
@@ -336,7 +382,9 @@ CASES: dict[str, Callable[[], None]] = {
     "policy f32 V=151936 full, no gradient": lambda: _policy(
         _F32, 151936, full=True, gradient=False
     ),
-    "policy f16 V=500 cispo full": lambda: _policy(_F16, 500, full=True, cispo=True),
+    "policy f16 V=500 cispo full": lambda: _policy(
+        _F16, 500, full=True, objective=objectives.cispo, kl=objectives.k1
+    ),
 }
 
 
