@@ -260,7 +260,9 @@ def check_objective_equals_the_torch_backend(objective: str) -> None:
             results.append((*terms, *out[0].T))
             assert terms[[0, 5]][:, bad].isnan().all() and out[0, bad].isnan().all()
             assert terms[:, ~bad].isfinite().all() and out[0, ~bad].isfinite().all()
-        for ours, theirs in zip(*results, strict=True):
+        for term, (ours, theirs) in enumerate(zip(*results, strict=True)):
+            # exp(d) - d - 1 of a small d loses a digit
+            bound = 4 * VALUES if term == 4 else VALUES
             for some in (near & ~bad, ~near):
                 if theirs[some].any() or ours[some].any():
-                    assert relative(ours[some], theirs[some]) < VALUES, (objective, kl)
+                    assert relative(ours[some], theirs[some]) < bound, (kl, term)
