@@ -37,6 +37,11 @@ class Sweep:
 
 
 SWEEPS: dict[str, Sweep] = {
+    "properties": Sweep(
+        "2,000 random calls give the same loss, gradients and metrics on the torch backend and on "
+        "the kernels in Triton's interpreter.",
+        ("tests/full_properties.py", "--numbers", "{numbers}"),
+    ),
     "curves": Sweep(
         "300 steps of a toy model with bf16 weights stay inside the seed band of the fp32 "
         "reference, and wrong losses leave it.",
