@@ -20,7 +20,8 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} on {value.device}"
     if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) for x in value):
-        return f"{type(value).__name__} of {len(value)}: {', '.join(describe(x) for x in value[:4])}"
+        inside = ", ".join(describe(x) for x in value[:4])
+        return f"{type(value).__name__} of {len(value)}: {inside}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
 
