@@ -2,11 +2,13 @@
 row.
 
 Every kernel here works on one row of logits per program, in fp32 whatever the storage type. `z` is
-the transformed logit: z = softcap * tanh(scale * x / softcap) * inv_temperature.
+the transformed logit: z = softcap * tanh(scale * x / softcap) * inv_temperature, with one
+inv_temperature for all rows or one for each.
 """
 
 import types
 
+import torch
 import triton
 import triton.language as tl
 
@@ -28,6 +30,16 @@ def device_function(fn: types.FunctionType, _made: dict = {}):  # noqa: B006 (a 
         twin.__module__, twin.__qualname__ = fn.__module__, fn.__qualname__
         _made[fn] = triton.jit(twin)
     return _made[fn]
+
+
+def temperature_arguments(inv_temperature: float | torch.Tensor) -> dict[str, object]:
+    """Launch arguments for one inv_temperature, or for an fp32 (N,) tensor of them."""
+    by_row = isinstance(inv_temperature, torch.Tensor)
+    return {
+        "inv_temperature": 1.0 if by_row else float(inv_temperature),
+        "inv_temperature_ptr": inv_temperature if by_row else None,
+        "HAS_ROW_TEMPERATURE": by_row,
+    }
 
 
 @triton.jit
@@ -131,30 +143,29 @@ def store_row_gradient(
     out_ptr,
     target,
     V,
-    logp,
-    entropy,
-    peak,
-    log_sum,
-    dlogp,
-    dlse,
-    dentropy,
-    scale,
-    softcap,
-    inv_temperature,
+    stats,
+    upstream,
+    chain,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dx_j = chain * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])], one
-    row.
+    """dx_j = c * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])], one row, with
+    c = scale * inv_temperature * (1 - tanh^2).
 
-    chain = scale * inv_temperature * (1 - tanh^2). The target's own 1 - p comes from -expm1(logp).
+    stats is (logp, entropy, peak, log_sum), upstream (dlogp, dlse, dentropy), chain (scale, softcap,
+    inv_temperature). The target's own 1 - p comes from -expm1(logp).
     The output may be the input: each tile is read whole before it is overwritten. It may also be
     the same bytes as a narrower type, whose tile lies in front of what is still to be read.
     """
+    logp, entropy, peak, log_sum = stats
+    dlogp, dlse, dentropy = upstream
+    scale, softcap, inv_temperature = chain
     expected = log_sum - entropy
     for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
+        # (1, BLOCK_V), not (BLOCK_V,): Triton spreads tiles of one shape alike over the threads, so
+        # a narrower output would change the order of the sums of `row_stats` in the same kernel
+        cols = start + tl.arange(0, BLOCK_V)[None, :]
         inside = cols < V
         x = tl.load(row_ptr + cols, mask=inside, other=0.0)
         z = transform(x, scale, softcap, inv_temperature, HAS_SOFTCAP)
@@ -175,5 +186,5 @@ def store_row_gradient(
 def store_zero_row(out_ptr, V, BLOCK_V: tl.constexpr):
     """out[0:V] = 0 without reading anything."""
     for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        tl.store(out_ptr + cols, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=cols < V)
+        cols = start + tl.arange(0, BLOCK_V)[None, :]
+        tl.store(out_ptr + cols, tl.zeros((1, BLOCK_V), out_ptr.dtype.element_ty), mask=cols < V)
