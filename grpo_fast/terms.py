@@ -44,7 +44,10 @@ def named_terms(terms: Tensor, batch: Batch, index: Tensor | None, mask: Tensor 
         gap = gap[index]
     elif gap is None and fields["rollout_logp"] is not None:
         gap = terms[1] - fields["rollout_logp"]
-    return Terms(*terms, log_ratio, fields["advantages"], mask, None, gap)
+    dentropy = None
+    if batch.config.entropy_coef > 0:
+        dentropy = -batch.config.entropy_coef * fields["weights"]
+    return Terms(*terms, log_ratio, fields["advantages"], mask, dentropy, gap)
 
 
 def evaluate(batch: Batch, stats: Tensor) -> Terms:

@@ -134,7 +134,11 @@ def check_oracle(case, correction, config, old, ref, per_token=False, slopes=Fal
     # dlogits of the target is dlogp (1 - p) / temperature
     mask, ids = case.mask, case.ids.clamp(min=0)[..., None]
     heat = extras.temperature[correction.temperature]
-    heat = torch.tensor(config.temperature, dtype=torch.float64) if heat is None else heat.nan_to_num(1.0).double()
+    heat = (
+        torch.tensor(config.temperature, dtype=torch.float64)
+        if heat is None
+        else heat.nan_to_num(1.0).double()
+    )
     heat = heat[:, None] if heat.dim() == 1 else heat
     dlogp = logits.grad.gather(-1, ids)[..., 0] * heat / -torch.tensor(want.logp).double().expm1()
     slope = torch.tensor(oracle.derivative(config, want), dtype=torch.float64)
