@@ -166,8 +166,8 @@ def exchangeable(reference: np.ndarray, tried: np.ndarray) -> float:
     """p of a permutation test: how often does a random choice of as many runs, out of both, have a
     mean as far from the others' (per step in standard deviations, averaged) as `tried` has.
 
-    Exact whatever the distribution. In the middle of a run, where some seeds have learned and others
-    not, the band of one run is wider than rewards can be; this test is not blind there.
+    Exact whatever the distribution. In the middle of a run, where some seeds have learned and
+    others not, the band of one run is wider than rewards can be; this test is not blind there.
     """
     runs, n = np.concatenate((reference, tried)), len(reference)
     runs = (runs - runs.mean(0)) / runs.std(0, ddof=1)
