@@ -150,11 +150,11 @@ def store_row_gradient(
     HAS_DENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dx_j = c * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])], one row, with
-    c = scale * inv_temperature * (1 - tanh^2).
+    """dx_j = c * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])], one
+    row, with c = scale * inv_temperature * (1 - tanh^2).
 
-    stats is (logp, entropy, peak, log_sum), upstream (dlogp, dlse, dentropy), chain (scale, softcap,
-    inv_temperature). The target's own 1 - p comes from -expm1(logp).
+    stats is (logp, entropy, peak, log_sum), upstream (dlogp, dlse, dentropy), chain (scale,
+    softcap, inv_temperature). The target's own 1 - p comes from -expm1(logp).
     The output may be the input: each tile is read whole before it is overwritten. It may also be
     the same bytes as a narrower type, whose tile lies in front of what is still to be read.
     """
