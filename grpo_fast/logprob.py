@@ -3,11 +3,12 @@ vocabulary-sized work of the library; everything behind it is (N,)."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import gemm, inputs
 from .backend import select
@@ -21,6 +22,22 @@ from .chunks import (
     no_autocast,
 )
 from .inputs import Rows
+
+
+def first_order(backward: Callable) -> Callable:
+    """Refuse create_graph=True. torch's `once_differentiable` refuses only where the upstream
+    gradient requires one, and a gradient penalty on logp.sum() would lose its term in silence."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "double backward: grpo_fast has first derivatives only, so create_graph=True would "
+                "leave the second ones out."
+            )
+        return backward(ctx, *upstream)
+
+    return checked
 
 
 class LogProbs(NamedTuple):
@@ -144,7 +161,7 @@ class _LinearLogProb(torch.autograd.Function):
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dlogp, dentropy, dlse):
         *tensors, ids, stats, u = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:
@@ -273,7 +290,7 @@ class _LogProb(torch.autograd.Function):
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dlogp, dentropy, dlse):
         logits, ids, active, stats = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:

@@ -6,14 +6,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import inputs, routes
 from .backend import Backend, select
 from .batch import Batch, objective_arguments, prepare, rollout_arguments
 from .chunks import LinearHead, Lora, Needs, autocast_dtype, fp16_scale, no_autocast
 from .config import LossConfig
-from .logprob import head_stats
+from .logprob import first_order, head_stats
 from .metrics import summarize
 from .plan import Facts, Plan, choose
 from .terms import evaluate, named_terms
@@ -29,7 +28,7 @@ class _Attach(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, upstream):
         if ctx.gradients is None:
             raise RuntimeError(
