@@ -38,6 +38,24 @@ def round_up(n: int) -> int:
     return -(-n // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
+def chunk_size(budget: int | None, V: int, H: int, itemsize: int, device: str) -> tuple[int, int]:
+    """The workspace in bytes, its default where None, and the rows of a chunk it has room for.
+
+    Args:
+        itemsize: bytes of a logit, 4 or 8. device: type of the device, "cuda", "cpu" and so on.
+    """
+    per_row = itemsize * (V + 3 * H)
+    least = FIXED_BYTES + ROW_MULTIPLE * per_row
+    if budget is None:
+        budget = DEFAULT_WORKSPACE.get(device, 384 << 20)
+        budget = max(budget, FIXED_BYTES + DEFAULT_ROWS.get(device, ROW_MULTIPLE) * per_row)
+    if not isinstance(budget, int) or budget < least:
+        fail("workspace_bytes", f"an integer >= {least} for V = {V}, H = {H}", repr(budget))
+    rows = (budget - FIXED_BYTES) // per_row
+    step = 64 if rows >= 64 else ROW_MULTIPLE
+    return budget, rows // step * step
+
+
 def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
     """The operand type of the lm_head inside a CUDA autocast region; None elsewhere.
 
@@ -157,19 +175,9 @@ class LinearHead:
         if self.lora is not None:
             self._adapt(self.lora)
         V, H = self.weight.shape
-        device = self.hidden.device.type
-        per_row = self.dtype.itemsize * (V + 3 * H)
-        budget = self.workspace_bytes
-        if budget is None:
-            budget = DEFAULT_WORKSPACE.get(device, 384 << 20)
-            budget = max(budget, FIXED_BYTES + DEFAULT_ROWS.get(device, ROW_MULTIPLE) * per_row)
-        least = FIXED_BYTES + ROW_MULTIPLE * per_row
-        if not isinstance(budget, int) or budget < least:
-            fail("workspace_bytes", f"an integer >= {least} for V = {V}, H = {H}", repr(budget))
-        rows = (budget - FIXED_BYTES) // per_row
-        step = 64 if rows >= 64 else ROW_MULTIPLE
-        self.budget = budget
-        self.chunk_rows = min(rows // step * step, round_up(max(1, self.hidden.shape[0])))
+        kind = self.hidden.device.type
+        self.budget, rows = chunk_size(self.workspace_bytes, V, H, self.dtype.itemsize, kind)
+        self.chunk_rows = min(rows, round_up(max(1, self.hidden.shape[0])))
 
     def _adapt(self, lora: Lora) -> None:
         """hidden (N, H + r) = [h, s h A^T] and weight (V, H + r) = [W, B]: one product gives the

@@ -74,7 +74,8 @@ def head_gradients(
     if scale is not None:
         upstream = tuple(None if g is None else g * scale for g in upstream)
     grads = HeadGradients(head, needs, scale)
-    visit = _by_columns if head.columns_first and n > head.chunk_rows else _by_rows
+    columns_first = head.columns_first and needs.weight and n > head.chunk_rows
+    visit = _by_columns if columns_first else _by_rows
     visit(head, ids, stats, upstream, grads, index, n)
     return grads.finish()
 

@@ -86,7 +86,7 @@ def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
         top_share=config.top_entropy_quantile,
         chunk_rows=head.chunk_rows,
         fixed=rows.fixed,
-        columns_first=head.columns_first and rows.n_gradient > head.chunk_rows,
+        columns_first=head.columns_first and needs.weight and rows.n_gradient > head.chunk_rows,
     )
 
 

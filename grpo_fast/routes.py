@@ -213,4 +213,3 @@ def two_passes(head: LinearHead, batch: Batch, needs: Needs) -> tuple[Terms, Gra
     upstream = (terms.dlogp, None, terms.dentropy)
     fixed = rows.unmasked_index if rows.fixed else None
     return terms, head_gradients(head, rows.ids, stats, upstream, needs, index=fixed)
-
