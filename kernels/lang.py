@@ -2,11 +2,13 @@
 row.
 
 Every kernel here works on one row of logits per program, in fp32 whatever the storage type. `z` is
-the transformed logit: z = softcap * tanh(scale * x / softcap) * inv_temperature.
+the transformed logit: z = softcap * tanh(scale * x / softcap) * inv_temperature, with one
+inv_temperature for all rows or one for each.
 """
 
 import types
 
+import torch
 import triton
 import triton.language as tl
 
@@ -28,6 +30,16 @@ def device_function(fn: types.FunctionType, _made: dict = {}):  # noqa: B006 (a 
         twin.__module__, twin.__qualname__ = fn.__module__, fn.__qualname__
         _made[fn] = triton.jit(twin)
     return _made[fn]
+
+
+def temperature_arguments(inv_temperature: float | torch.Tensor) -> dict[str, object]:
+    """Launch arguments for one inv_temperature, or for an fp32 (N,) tensor of them."""
+    by_row = isinstance(inv_temperature, torch.Tensor)
+    return {
+        "inv_temperature": 1.0 if by_row else float(inv_temperature),
+        "inv_temperature_ptr": inv_temperature if by_row else None,
+        "HAS_ROW_TEMPERATURE": by_row,
+    }
 
 
 @triton.jit
