@@ -13,6 +13,7 @@ from torch import Tensor
 from . import gemm
 from .backend import Backend
 from .inputs import fail
+from .parallel import VocabularyShard
 
 # Rows of a GEMM are padded to a multiple of this. MKL switches kernels, and with them the order of
 # the sums, at 1, 2, 3, 5, 7 and 9 rows; multiples of 16 gave bit-equal rows for every batch tried.
@@ -73,6 +74,8 @@ class LinearHead:
     temperature: float = 1.0
     autocast_dtype: torch.dtype | None = None
     """From `autocast_dtype`: what the operands of the products are cast to; gradients stay fp32."""
+    shard: VocabularyShard | None = None
+    """Where weight and bias are one rank's rows of the vocabulary."""
     dtype: torch.dtype = field(init=False)
     """fp32, or fp64 for fp64 inputs: logits, statistics and accumulators."""
     chunk_rows: int = field(init=False)
@@ -85,6 +88,9 @@ class LinearHead:
             self.hidden = self.hidden.to(self.autocast_dtype)
             self.weight = self.weight.to(self.autocast_dtype)
         V, H = self.weight.shape
+        if self.shard is not None:
+            # every rank has to make the same chunks
+            V = self.shard.widest
         budget = self.workspace_bytes
         if budget is None:
             budget = DEFAULT_WORKSPACE.get(self.hidden.device.type, 384 << 20)
@@ -202,6 +208,8 @@ class HeadGradients:
             for grad in (self.dweight, self.dbias):
                 if grad is not None:
                     grad.div_(self.scale)
+        if self.head.shard is not None and self.dhidden is not None:
+            self.head.shard.reduce(self.dhidden)
         return self.dhidden, self.dweight, self.dbias
 
 

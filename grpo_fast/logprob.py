@@ -6,12 +6,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import inputs
 from .backend import select
 from .chunks import HeadGradients, LinearHead, autocast_dtype, fp16_scale, no_autocast
+from .parallel import place
 
 
 class LogProbs(NamedTuple):
@@ -132,6 +134,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     entropy: bool = False,
     workspace_bytes: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
 ) -> LogProbs:
     """Log-probs of ids under an lm_head, without ever holding the (N, V) logits.
 
@@ -152,6 +155,11 @@ def linear_logprob(
         entropy: also return the entropy of each distribution.
         workspace_bytes: bound on the temporary memory in bytes; None: 1 GiB on CUDA, 384 MiB
             elsewhere.
+        tp_group: the ranks over which the vocabulary is split: weight (V_r, H) and bias (V_r,) are
+            this rank's rows, in the order of the ranks, and all else is the same on every rank.
+            Gradients of weight and bias stay local, that of hidden is the whole one on every rank.
+            None: a DTensor (FSDP2) is gathered in forward and again in backward, and its gradient
+            averaged over its mesh.
 
     Returns:
         LogProbs, each field shaped like ids, fp32 (fp64 for fp64 inputs), 0 where masked.
@@ -159,12 +167,14 @@ def linear_logprob(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
     """
+    placed = place(hidden, weight, bias, tp_group, workspace_bytes, ids=ids, mask=mask)
+    weight, bias = placed.weight, placed.bias
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
     inputs.check_temperature(temperature)
-    backend = select(hidden.device)
+    backend = placed.rows(select(hidden.device))
     inputs.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
-    rows = inputs.flatten(ids, mask, weight.shape[0], shape, hidden.device)
+    rows = inputs.flatten(ids, mask, placed.V, shape, hidden.device)
     options = {
         "backend": backend,
         "workspace_bytes": workspace_bytes,
@@ -172,9 +182,11 @@ def linear_logprob(
         "logit_scale": float(logit_scale),
         "temperature": float(temperature),
         "autocast_dtype": autocast_dtype(hidden),
+        "shard": placed.shard,
     }
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, ent, lse = _LinearLogProb.apply(flat, weight, bias, rows.ids, rows, options)
+    with placed.saved():
+        logp, ent, lse = _LinearLogProb.apply(flat, weight, bias, rows.ids, rows, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))
 
 

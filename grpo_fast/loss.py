@@ -8,6 +8,7 @@ rows that still have a gradient: 2NHV + 6NHV times their share). Without a gradi
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,6 +19,7 @@ from .chunks import HeadGradients, LinearHead, autocast_dtype, fp16_scale, no_au
 from .config import LossConfig
 from .logprob import head_gradients, head_stats
 from .metrics import Terms, summarize
+from .parallel import place
 from .weights import sequence_sum, spread
 
 
@@ -169,6 +171,7 @@ def linear_policy_loss(
     denominator: Tensor | float | int | None = None,
     skip_inactive_forward: bool = False,
     workspace_bytes: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO-family loss from hidden states and the lm_head, without ever holding the (N, V) logits.
 
@@ -201,6 +204,8 @@ def linear_policy_loss(
         workspace_bytes: bound in bytes on the logits and the scratch of one call, on top of the
             fp32 gradients of hidden and weight (and, under CUDA autocast, their cast copies);
             None: 1 GiB on CUDA, 384 MiB elsewhere.
+        tp_group: the ranks over which the vocabulary is split, as in `linear_logprob`; None: a
+            DTensor (FSDP2) is gathered, and its gradient averaged over its mesh in backward.
 
     Returns:
         loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.
@@ -210,13 +215,16 @@ def linear_policy_loss(
         RuntimeError: on a second backward through one loss.
     """
     config = LossConfig() if config is None else config
+    given = {"ids": ids, "mask": mask, "advantages": advantages}
+    placed = place(hidden, weight, bias, tp_group, workspace_bytes, **given)
+    weight, bias = placed.weight, placed.bias
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
-    backend = select(hidden.device)
+    backend = placed.rows(select(hidden.device))
     inputs.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
     batch = prepare(
         shape,
-        weight.shape[0],
+        placed.V,
         hidden.device,
         ids=ids,
         advantages=advantages,
@@ -241,6 +249,7 @@ def linear_policy_loss(
             float(logit_scale),
             float(config.temperature),
             autocast_dtype(hidden),
+            placed.shard,
         )
         # fp16 dlogits need a scale that fits the largest derivative, which one pass does not know
         if config.level == "token" and head.narrow != torch.float16:
