@@ -33,6 +33,11 @@ class VocabularyShard:
     widest: int
     """Rows of the rank that holds most: what every rank sizes its chunks by."""
 
+    @property
+    def empty(self) -> bool:
+        """True when no row is here: one that nothing reads stands for them."""
+        return self.first == self.last
+
     def owned(self, ids: Tensor, elsewhere: int) -> Tensor:
         """Global ids (n,) -> rows of this shard, `elsewhere` where another rank holds them."""
         inside = (ids >= self.first) & (ids < self.last)
@@ -88,14 +93,18 @@ def vocabulary_parallel(backend: Backend, shard: VocabularyShard) -> Backend:
     """
 
     def logprob_fwd(logits: Tensor, ids: Tensor, stats: Tensor, **transform) -> None:
-        own = torch.empty(stats.shape, dtype=stats.dtype, device=stats.device)
-        backend.logprob_fwd(logits, shard.owned(ids, 0), own, **transform)
+        own = torch.full(stats.shape, -torch.inf, dtype=stats.dtype, device=stats.device)
+        if not shard.empty:
+            backend.logprob_fwd(logits, shard.owned(ids, 0), own, **transform)
         parts = own.new_empty(shard.ends.numel(), *own.shape)
         dist.all_gather(list(parts.unbind(0)), own, group=shard.group)
         stats.copy_(merge_stats(parts, torch.bucketize(ids, shard.ends, right=True)))
 
     def logprob_bwd(logits, ids, stats, dlogp, out, **options) -> None:
-        backend.logprob_bwd(logits, shard.owned(ids, -1), stats, dlogp, out, **options)
+        if shard.empty:
+            out.zero_()
+        else:
+            backend.logprob_bwd(logits, shard.owned(ids, -1), stats, dlogp, out, **options)
 
     rows = backend._replace(logprob_fwd=logprob_fwd, logprob_bwd=logprob_bwd)
     return rows._replace(policy=_policy(rows))
@@ -201,20 +210,19 @@ class _Source:
     """Where a gathered tensor came from, to gather it once more in a backward pass."""
 
     parameter: Tensor
-    stored: Tensor
-    """This rank's part, whose version tells whether it changed."""
     version: int
+    """What in-place changes of the parameter count up."""
 
     def gather(self) -> Tensor:
         """The whole tensor, without a graph."""
         if not _is_dtensor(self.parameter):
             return _zero3_whole(self.parameter)
-        if self.stored._version != self.version:
+        if self.parameter._version != self.version:
             raise RuntimeError(
                 "the sharded lm_head was modified between the forward and the backward pass of "
                 "linear_logprob; call backward before the optimizer steps."
             )
-        return self.parameter.detach().full_tensor()
+        return self.parameter.full_tensor()
 
 
 def _zero3_whole(parameter: Tensor) -> Tensor:
@@ -232,9 +240,7 @@ def _gathered(name: str, value: Tensor | None) -> tuple[Tensor | None, _Source |
 
         if any(type(p) is not Replicate and p != Shard(0) for p in value.placements):
             fail(name, "a DTensor of placements Shard(0) or Replicate()", value.placements)
-        with torch.no_grad():
-            stored = value.to_local()
-        return _Gather.apply(value), _Source(value.detach(), stored, stored._version)
+        return _Gather.apply(value), _Source(value.detach(), value._version)
     if _is_partitioned(value):
         if value.requires_grad and torch.is_grad_enabled():
             expected = (
@@ -242,7 +248,7 @@ def _gathered(name: str, value: Tensor | None) -> tuple[Tensor | None, _Source |
                 "a gradient only while its own module runs, so one from here would be lost"
             )
             fail(name, expected, "a partitioned parameter that requires a gradient")
-        return _zero3_whole(value), _Source(value, value, 0)
+        return _zero3_whole(value), _Source(value, value._version)
     return value, None
 
 
@@ -317,11 +323,10 @@ def place(
         if not isinstance(value, Tensor):
             fail(name, "a tensor", type(value).__name__)
     shard = _agree(tp_group, hidden, weight, bias, workspace_bytes, replicated)
-    if shard.first == shard.last and weight.dim() == 2:
-        # no row is here: a banned one keeps this rank in every collective
-        banned = hidden.new_full((1,), -torch.inf)
+    if shard.empty and weight.dim() == 2:
+        # products and checks want a row, and this rank has to take part in every collective
         weight = torch.nn.functional.pad(weight, (0, 0, 0, 1))
-        bias = banned if bias is None else torch.cat((bias, banned.to(bias.dtype)))
+        bias = None if bias is None else torch.nn.functional.pad(bias, (0, 1))
     return Placement(weight, bias, shard)
 
 
