@@ -4,8 +4,8 @@ or shards that are gathered while a call needs them (FSDP2, ZeRO-3)."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +22,6 @@ class VocabularyShard:
     """The rows of the vocabulary that this rank holds, [first, last), and those of the others."""
 
     group: dist.ProcessGroup
-    rank: int
-    """Of this process in the group."""
     ends: Tensor
     """(W,) int64: `last` of each rank."""
     first: int
@@ -59,8 +57,7 @@ def merge_stats(parts: Tensor, owner: Tensor) -> Tensor:
     has no share; with all of them so, or a NaN in one, the row is NaN, as it is unsharded.
 
     Args:
-        parts: (W, 4, n) logp, entropy, max, log-sum of each shard, in the order of the ranks; logp
-            counts only where the shard is the owner's.
+        parts: (W, 4, n) logp, entropy, max, log-sum of each shard, logp read of the owner alone.
         owner: (n,) int64, the shard that holds the target.
 
     Returns:
@@ -69,8 +66,8 @@ def merge_stats(parts: Tensor, owner: Tensor) -> Tensor:
     """
     logp, entropy, peak, log_sum = parts.unbind(1)
     top = peak.amax(0)
-    banned = torch.full_like(peak, -torch.inf)
-    lse = torch.where(peak == -torch.inf, banned, (peak - top) + log_sum)
+    # peak is -inf where the shard is, and its log-sum NaN
+    lse = torch.where(peak == -torch.inf, peak, (peak - top) + log_sum)
     best, place = lse.max(0)
     # the largest is kept out of the sum: log1p(rest) holds what log(1 + rest) would round away
     rest = torch.exp(lse - best).scatter(0, place[None], 0.0).sum(0)
@@ -207,22 +204,22 @@ class _Gather(torch.autograd.Function):
 
 @dataclass
 class _Source:
-    """Where a gathered tensor came from, to gather it once more in a backward pass."""
+    """What a backward pass gets a saved tensor from; a gathered one is gathered again."""
 
     parameter: Tensor
     version: int
     """What in-place changes of the parameter count up."""
 
-    def gather(self) -> Tensor:
+    def unpack(self) -> Tensor:
         """The whole tensor, without a graph."""
-        if not _is_dtensor(self.parameter):
-            return _zero3_whole(self.parameter)
         if self.parameter._version != self.version:
             raise RuntimeError(
-                "the sharded lm_head was modified between the forward and the backward pass of "
-                "linear_logprob; call backward before the optimizer steps."
+                "the hidden states or the sharded lm_head were modified between the forward and "
+                "the backward pass of linear_logprob; call backward before the optimizer steps."
             )
-        return self.parameter.full_tensor()
+        if _is_dtensor(self.parameter):
+            return self.parameter.full_tensor()
+        return _zero3_whole(self.parameter) if _is_partitioned(self.parameter) else self.parameter
 
 
 def _zero3_whole(parameter: Tensor) -> Tensor:
@@ -272,19 +269,16 @@ class Placement:
         """The row functions for it."""
         return backend if self.shard is None else vocabulary_parallel(backend, self.shard)
 
-    @contextmanager
-    def saved(self) -> Iterator[None]:
+    def saved(self) -> AbstractContextManager:
         """An autograd function applied inside keeps no gathered tensor for its backward: it is
         gathered again there, on every rank."""
         if not self.sources:
-            yield
-            return
+            return nullcontext()
+        # without self, whose weight would live as long as the graph
         sources = self.sources
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: sources.get(t.data_ptr(), t),
-            lambda kept: kept.gather() if isinstance(kept, _Source) else kept,
-        ):
-            yield
+        return torch.autograd.graph.saved_tensors_hooks(
+            lambda t: sources.get(t.data_ptr()) or _Source(t, t._version), _Source.unpack
+        )
 
 
 def place(
@@ -316,9 +310,7 @@ def place(
         return Placement(found[0][0], found[1][0], None, sources)
     if not isinstance(tp_group, dist.ProcessGroup):
         fail("tp_group", "a torch.distributed.ProcessGroup that this process is in", repr(tp_group))
-    weight, bias = (
-        _local(name, value, tp_group) for name, value in (("weight", weight), ("bias", bias))
-    )
+    weight, bias = _local("weight", weight, tp_group), _local("bias", bias, tp_group)
     for name, value in (("hidden", hidden), ("weight", weight)):
         if not isinstance(value, Tensor):
             fail(name, "a tensor", type(value).__name__)
@@ -351,7 +343,9 @@ def _fingerprint(value: object, mask: object = None) -> list[Tensor | int]:
     if not isinstance(value, Tensor):
         return [-1, 0]
     flat = value.detach().reshape(-1)
-    if isinstance(mask, Tensor) and mask.shape == value.shape and mask.device == value.device:
+    if value is mask:
+        flat = flat != 0
+    elif isinstance(mask, Tensor) and mask.shape == value.shape and mask.device == value.device:
         flat = torch.where(mask.reshape(-1) != 0, flat, torch.zeros_like(flat))
     bits = flat.double().view(torch.int64) if flat.is_floating_point() else flat.long()
     odd = torch.arange(1, 2 * flat.numel(), 2, device=flat.device) * 0x9E3779B97F4A7C1
@@ -360,27 +354,24 @@ def _fingerprint(value: object, mask: object = None) -> list[Tensor | int]:
 
 def _agree(group, hidden, weight, bias, workspace_bytes, replicated) -> VocabularyShard:
     """Compare the arguments over the group before anything else can fail on one rank alone."""
-    graph = torch.is_grad_enabled()
-    shape = [hidden.dim(), *hidden.shape[:4], *[0] * (4 - hidden.dim())]
     rows = weight.shape[0] if weight.dim() == 2 else 0
-    bias_rows = bias.numel() if isinstance(bias, Tensor) else -1
     facts = [
-        ("hidden", "shape", shape),
-        ("hidden", "dtype", [FLOATS.index(hidden.dtype) if hidden.dtype in FLOATS else -1]),
-        ("hidden", "requires_grad", [int(graph and hidden.requires_grad)]),
-        ("weight", "width", [weight.shape[-1] if weight.dim() else -1]),
-        ("weight", "dtype", [FLOATS.index(weight.dtype) if weight.dtype in FLOATS else -1]),
+        ("hidden", "shape", [hidden.dim(), *hidden.shape[:4], *[0] * (4 - hidden.dim())]),
+        ("hidden", "requires_grad", [int(torch.is_grad_enabled() and hidden.requires_grad)]),
+        ("weight", "width", [weight.dim(), *weight.shape[1:2]] + [0] * (weight.dim() < 2)),
         ("bias", "presence", [int(bias is None)]),
         ("workspace_bytes", "value", [workspace_bytes if type(workspace_bytes) is int else -1]),
     ]
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        facts.append((name, "dtype", [FLOATS.index(value.dtype) if value.dtype in FLOATS else -1]))
     mask = replicated.get("mask")
-    for name, value in replicated.items():
-        facts.append((name, "values", _fingerprint(value, None if value is mask else mask)))
-    flat = [x for _, _, numbers in facts for x in numbers] + [rows, bias_rows]
+    for name in sorted(replicated, key=lambda name: name != "mask"):
+        facts.append((name, "values", _fingerprint(replicated[name], mask)))
+    flat = [x for _, _, numbers in facts for x in numbers]
+    flat += [rows, bias.numel() if isinstance(bias, Tensor) else rows]
     own = torch.tensor([x if type(x) is int else 0 for x in flat], device=hidden.device)
-    for at, x in enumerate(flat):
-        if type(x) is not int:
-            own[at] = x
+    for at in (at for at, x in enumerate(flat) if isinstance(x, Tensor)):
+        own[at] = flat[at]
     table = own.new_empty(dist.get_world_size(group), own.numel())
     dist.all_gather(list(table.unbind(0)), own, group=group)
     seen = table.tolist()
@@ -390,17 +381,17 @@ def _agree(group, hidden, weight, bias, workspace_bytes, replicated) -> Vocabula
         start = part.stop
         for rank, other in enumerate(seen):
             if other[part] != seen[0][part]:
-                got = f"{seen[0][part]} on rank 0 and {other[part]} on rank {rank}"
+                # a fingerprint says nothing to a reader
+                shown = ("some", "others") if what == "values" else (seen[0][part], other[part])
+                got = f"{shown[0]} on rank 0 and {shown[1]} on rank {rank}"
                 fail(name, f"the same {what} on every rank of tp_group", got)
     sizes = [row[-2] for row in seen]
     for rank, row in enumerate(seen):
-        if row[-1] not in (-1, row[-2]):
+        if row[-1] != row[-2]:
             fail("bias", f"({row[-2]},) as the weight of rank {rank} of tp_group", f"({row[-1]},)")
     if sum(sizes) == 0:
-        fail("weight", "rows (V_r, H) on some rank of tp_group", "none on any")
+        fail("weight", "tensor (V_r, H), with rows on some rank of tp_group", "none on any")
     ends = torch.tensor(sizes).cumsum(0)
-    rank = dist.get_rank(group)
-    last = int(ends[rank])
-    return VocabularyShard(
-        group, rank, ends.to(hidden.device), last - rows, last, sum(sizes), max(1, *sizes)
-    )
+    last = int(ends[dist.get_rank(group)])
+    ends = ends.to(hidden.device)
+    return VocabularyShard(group, ends, last - rows, last, sum(sizes), max(sizes))
