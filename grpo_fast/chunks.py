@@ -15,6 +15,7 @@ from torch import Tensor
 from . import gemm
 from .backend import Backend
 from .inputs import fail
+from .parallel import VocabularyShard
 
 # Rows of a GEMM are padded to a multiple of this. MKL switches kernels, and with them the order of
 # the sums, at 1, 2, 3, 5, 7 and 9 rows; multiples of 16 gave bit-equal rows for every batch tried.
@@ -156,6 +157,8 @@ class LinearHead:
     lora: Lora | None = None
     inv_temperature: Tensor | None = None
     """(N,) fp32, in place of the one temperature."""
+    shard: VocabularyShard | None = None
+    """Where weight and bias are one rank's rows of the vocabulary."""
     mask: Tensor | None = None
     """(N,) bool: rows that may hold anything where it is False, though they are visited."""
     dtype: torch.dtype = field(init=False)
@@ -175,6 +178,9 @@ class LinearHead:
         if self.lora is not None:
             self._adapt(self.lora)
         V, H = self.weight.shape
+        if self.shard is not None:
+            # every rank has to make the same chunks
+            V = self.shard.widest
         kind = self.hidden.device.type
         self.budget, rows = chunk_size(self.workspace_bytes, V, H, self.dtype.itemsize, kind)
         self.chunk_rows = min(rows, round_up(max(1, self.hidden.shape[0])))
@@ -382,6 +388,10 @@ class HeadGradients:
             for grad in (self.dweight, self.dbias, self.dlora_B):
                 if grad is not None:
                     grad.div_(self.scale)
+        if self.head.shard is not None:
+            for grad in (self.dhidden, self.dlora_A):
+                if grad is not None:
+                    self.head.shard.reduce(grad)
         dhidden = self.dhidden if self.needs.hidden else None
         lora = self.head.lora
         if lora is not None and dhidden is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -21,6 +22,7 @@ from .chunks import (
     no_autocast,
 )
 from .inputs import Rows
+from .parallel import place
 
 
 class LogProbs(NamedTuple):
@@ -207,6 +209,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     entropy: bool = False,
     workspace_bytes: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
 ) -> LogProbs:
     """Log-probs of ids under an lm_head, without ever holding the (N, V) logits.
 
@@ -230,6 +233,11 @@ def linear_logprob(
         entropy: also return the entropy of each distribution.
         workspace_bytes: bound on the temporary memory in bytes; None: room for 2,048 rows and at
             least 1 GiB on CUDA, 384 MiB elsewhere.
+        tp_group: the ranks over which the vocabulary is split: weight (V_r, H), bias (V_r,) and B
+            (V_r, r) are this rank's rows, in the order of the ranks, and all else is the same on
+            every rank. Their gradients stay local, those of hidden and A are the whole ones on
+            every rank. None: a DTensor (FSDP2) is gathered in forward and again in backward, and
+            its gradient averaged over its mesh.
 
     Returns:
         LogProbs, each field shaped like ids, fp32 (fp64 for fp64 inputs), 0 where masked.
@@ -237,14 +245,16 @@ def linear_logprob(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
     """
+    placed = place(hidden, weight, bias, tp_group, workspace_bytes, ids=ids, mask=mask)
+    weight, bias = placed.weight, placed.bias
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
     lora = inputs.check_lora(lora, hidden, weight)
-    backend = select(hidden.device)
+    backend = placed.rows(select(hidden.device))
     inputs.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
     flat_mask = inputs.flat_mask(mask, shape, hidden.device)
     temperature, inverse = inputs.check_temperature(temperature, shape, flat_mask)
-    rows = inputs.flatten(ids, flat_mask, weight.shape[0], shape)
+    rows = inputs.flatten(ids, flat_mask, placed.V, shape)
     options = {
         "backend": backend,
         "workspace_bytes": workspace_bytes,
@@ -254,9 +264,12 @@ def linear_logprob(
         "inv_temperature": inverse,
         "autocast_dtype": autocast_dtype(hidden),
         "lora_scale": lora[2],
+        "shard": placed.shard,
     }
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, ent, lse = _LinearLogProb.apply(flat, weight, bias, *lora[:2], rows.ids, rows, options)
+    head = (flat, weight, bias, *lora[:2])
+    with placed.saved():
+        logp, ent, lse = _LinearLogProb.apply(*head, rows.ids, rows, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -15,6 +16,7 @@ from .chunks import LinearHead, Lora, Needs, autocast_dtype, fp16_scale, no_auto
 from .config import LossConfig
 from .logprob import head_stats
 from .metrics import summarize
+from .parallel import place
 from .plan import Facts, Plan, choose
 from .terms import evaluate, named_terms
 
@@ -114,6 +116,7 @@ def linear_policy_loss(
     skip_inactive_forward: bool = False,
     max_rows: int | None = None,
     workspace_bytes: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
     explain: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]] | Plan:
     """GRPO-family loss from hidden states and the lm_head, without ever holding the (N, V) logits.
@@ -160,6 +163,8 @@ def linear_policy_loss(
             fp32 gradients of hidden and weight (and, under CUDA autocast, their cast copies); None:
             room for 2,048 rows and at least 1 GiB on CUDA, 384 MiB elsewhere. It is kept for the
             next call: `chunks.release_workspace` gives it back.
+        tp_group: the ranks over which the vocabulary is split, as in `linear_logprob`; None: a
+            DTensor (FSDP2) is gathered, and its gradient averaged over its mesh in backward.
         explain: compute nothing and return the `Plan`: the route, its FLOPs and its bytes.
 
     Returns:
@@ -170,15 +175,18 @@ def linear_policy_loss(
         RuntimeError: on a second backward through one loss.
     """
     config = LossConfig() if config is None else config
+    given = {"ids": ids, "mask": mask, "advantages": advantages}
+    placed = place(hidden, weight, bias, tp_group, workspace_bytes, **given)
+    weight, bias = placed.weight, placed.bias
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
     lora_A, lora_B, lora_scale = inputs.check_lora(lora, hidden, weight)
     inputs.check_reference(ref_logp, ref_hidden, ref_weight, hidden, weight)
-    backend = select(hidden.device)
+    backend = placed.rows(select(hidden.device))
     inputs.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
     batch = prepare(
         shape,
-        weight.shape[0],
+        placed.V,
         hidden.device,
         ids=ids,
         advantages=advantages,
@@ -207,6 +215,7 @@ def linear_policy_loss(
         "autocast_dtype": autocast_dtype(hidden),
         "inv_temperature": batch.inv_temperature,
         "mask": batch.rows.mask if batch.rows.fixed else None,
+        "shard": placed.shard,
     }
     with torch.no_grad(), no_autocast(hidden.device):
         adapter = None if lora is None else Lora(lora_A, lora_B, lora_scale)
