@@ -12,15 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from . import gemm, inputs
 from .backend import select
-from .chunks import (
-    HeadGradients,
-    LinearHead,
-    Lora,
-    Needs,
-    autocast_dtype,
-    fp16_scale,
-    no_autocast,
-)
+from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
+from .gradients import HeadGradients, fp16_scale
 from .inputs import Rows
 from .parallel import place
 
@@ -59,6 +52,7 @@ def head_gradients(
     needs: Needs,
     *,
     index: Tensor | None = None,
+    main_grad: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Backward from (dlogp, dlse, dentropy), each (N,): gradients of hidden, weight, bias, A, B.
 
@@ -75,7 +69,7 @@ def head_gradients(
     scale = fp16_scale(head.narrow, size)
     if scale is not None:
         upstream = tuple(None if g is None else g * scale for g in upstream)
-    grads = HeadGradients(head, needs, scale)
+    grads = HeadGradients(head, needs, main_grad, scale)
     columns_first = head.columns_first and needs.weight and n > head.chunk_rows
     visit = _by_columns if columns_first else _by_rows
     visit(head, ids, stats, upstream, grads, index, n)
