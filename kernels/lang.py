@@ -166,7 +166,9 @@ def store_row_gradient(
     """
     expected = log_sum - entropy
     for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
+        # (1, BLOCK_V), not (BLOCK_V,): Triton spreads tiles of one shape alike over the threads, so
+        # a narrower output would change the order of the sums of `row_stats` in the same kernel
+        cols = start + tl.arange(0, BLOCK_V)[None, :]
         inside = cols < V
         x = tl.load(row_ptr + cols, mask=inside, other=0.0)
         z = transform(x, scale, softcap, inv_temperature, HAS_SOFTCAP)
@@ -187,5 +189,5 @@ def store_row_gradient(
 def store_zero_row(out_ptr, V, BLOCK_V: tl.constexpr):
     """out[0:V] = 0 without reading anything."""
     for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        tl.store(out_ptr + cols, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=cols < V)
+        cols = start + tl.arange(0, BLOCK_V)[None, :]
+        tl.store(out_ptr + cols, tl.zeros((1, BLOCK_V), out_ptr.dtype.element_ty), mask=cols < V)

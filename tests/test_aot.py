@@ -62,6 +62,8 @@ def test_aligned_rows_are_read_128_bits_at_a_time(case):
         ("fwd bf16 V=151936", "policy bf16 V=151936 on-policy"),
         ("fwd bf16 V=50257 full", "policy bf16 V=50257 full"),
         ("fwd f32 V=151936 full", "policy f32 V=151936 full"),
+        ("fwd f32 V=151936 full", "policy f32 V=151936 full, bf16 out"),
+        ("fwd f32 V=151936 full", "policy f32 V=151936 full, no gradient"),
         ("fwd f16 V=500", "policy f16 V=500 cispo full"),
         ("fwd f32 V=151936 full, by row", "policy f32 V=151936 vespo full, extras"),
     ],
