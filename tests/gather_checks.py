@@ -50,16 +50,23 @@ def dtensor_with_a_group():
 
 
 class Tiny(torch.nn.Module):
-    def __init__(self, V: int, H: int):
+    """A body and a head; tied: the head is the embedding, of which the body's input is made."""
+
+    def __init__(self, V: int, H: int, tied: bool = False):
         super().__init__()
         g = torch.Generator().manual_seed(0)
+        self.embedding = torch.nn.Embedding(V, H) if tied else None
         self.body = torch.nn.Linear(H, H)
         self.lm_head = torch.nn.Linear(H, V)
         with torch.no_grad():
             for p in self.parameters():
                 p.copy_(torch.randn(p.shape, generator=g) / H**0.5)
+        if tied:
+            self.lm_head.weight = self.embedding.weight
 
     def forward(self, x):
+        if self.embedding is not None:
+            x = x + self.embedding(torch.arange(x.shape[0]))
         return self.body(x)
 
 
@@ -76,25 +83,26 @@ def fsdp_case(rank: int, V: int = 77, H: int = 24):
 
 def fsdp_loss(model, rank: int, op: str):
     x, ids, advantages, mask, scale = fsdp_case(rank)
+    hidden = model(x)
     weight, bias = model.lm_head.weight, model.lm_head.bias
     if op == "policy":
-        loss, _ = linear_policy_loss(model(x), weight, ids, advantages, mask=mask, bias=bias)
+        loss, _ = linear_policy_loss(hidden, weight, ids, advantages, mask=mask, bias=bias)
     else:
-        out = linear_logprob(model(x), weight, ids, mask=mask, bias=bias, entropy=True)
+        out = linear_logprob(hidden, weight, ids, mask=mask, bias=bias, entropy=True)
         loss = (out.logp * advantages + 0.2 * out.entropy).sum()
     # every rank scales its loss by a number of its own
     return scale * loss
 
 
-def check_fsdp(op: str) -> None:
+def check_fsdp(op: str, tied: bool, reshard: bool) -> None:
     W = dist.get_world_size()
-    plain = Tiny(77, 24)
+    plain = Tiny(77, 24, tied)
     for rank in range(W):
         (fsdp_loss(plain, rank, op) / W).backward()
-    model = Tiny(77, 24)
+    model = Tiny(77, 24, tied)
     mesh = init_device_mesh("cpu", (W,))
-    for module in (model.body, model.lm_head):
-        fully_shard(module, mesh=mesh)
+    for module in (model,) if tied else (model.body, model.lm_head):
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
     assert isinstance(model.lm_head.weight, DTensor)
     fsdp_loss(model, dist.get_rank(), op).backward()
     named = dict(model.named_parameters())
@@ -107,8 +115,30 @@ def check_fsdp(op: str) -> None:
 
 @check
 def fsdp_gives_the_average_of_ddp():
-    check_fsdp("policy")
-    check_fsdp("logprob")
+    for op in ("policy", "logprob"):
+        check_fsdp(op, tied=False, reshard=True)
+        # one root whose weight is whole again when the loss is computed, or sharded once more
+        for reshard in (False, True):
+            check_fsdp(op, tied=True, reshard=reshard)
+
+
+@check
+def gradients_of_a_bf16_shard_are_averaged_in_fp32():
+    """The fp32 mean of what the ranks give, rounded once."""
+    W, rank = dist.get_world_size(), dist.get_rank()
+    mesh = init_device_mesh("cpu", (W,))
+    hidden, weight, _ = head(77, torch.bfloat16)
+    ids = torch.arange(hidden.shape[0])
+    shard = torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+    total = torch.zeros(weight.shape)
+    for r in range(W):
+        whole = leaf(weight)
+        linear_logprob(hidden * (1 + r), whole, ids).logp.sum().backward()
+        total += whole.grad.float()
+    linear_logprob(hidden * (1 + rank), shard, ids).logp.sum().backward()
+    want = (total / W).bfloat16()
+    assert shard.grad.dtype == torch.bfloat16
+    agree(shard.grad.full_tensor(), want, "dweight", 1e-4)
 
 
 @check
@@ -131,6 +161,10 @@ def fsdp_gathers_again_in_backward():
         assert len(made) == 1 and made[0]() is None
         loss.backward()
         assert len(made) == 2
+        loss, _ = linear_policy_loss(leaf(hidden), shard, ids, torch.ones(ids.numel()))
+        assert len(made) == 3 and made[2]() is None
+        loss.backward()
+        assert len(made) == 3
         loss = linear_logprob(leaf(hidden), shard, ids).logp.sum()
         with torch.no_grad():
             shard.add_(1.0)

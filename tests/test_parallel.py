@@ -13,7 +13,7 @@ from pathlib import Path
 import parallel_worker
 import pytest
 import torch
-from loss_cases import relative
+import vocabulary_checks
 
 from grpo_fast import linear_logprob, linear_policy_loss, reference, torch_backend
 from grpo_fast.parallel import merge_stats
@@ -97,27 +97,9 @@ def test_merged_statistics(sizes, spread):
 
 
 @pytest.mark.parametrize("with_entropy", (False, True))
-def test_gradient_of_rows_whose_target_is_elsewhere(with_entropy):
-    """Id -1: every column is an ordinary one."""
-    g = torch.Generator().manual_seed(0)
-    n, V = 12, 33
-    whole = 3 * torch.randn(n, 2 * V, generator=g, dtype=torch.float64)
-    ids = torch.randint(2 * V, (n,), generator=g)
-    leaf = whole.clone().requires_grad_()
-    logp, entropy, lse = reference.logprob(leaf, ids)
-    upstream = torch.randn(3, n, generator=g, dtype=torch.float64)
-    results = (logp, lse, entropy)[: 3 if with_entropy else 2]
-    torch.autograd.backward(results, tuple(upstream[: len(results)]))
-    stats = torch.empty(4, n, dtype=torch.float64)
-    torch_backend.logprob_fwd(whole[None], ids, stats)
-    local = torch.where(ids < V, ids, -1)
-    assert 0 < (local < 0).sum() < n
-    out = whole[None, :, :V].clone()
-    dentropy = upstream[2] if with_entropy else None
-    torch_backend.logprob_bwd(
-        out, local, stats, upstream[0], out, dlse=upstream[1], dentropy=dentropy
-    )
-    assert relative(out[0], leaf.grad[:, :V]) < 1e-12
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_gradients_of_slices(dtype, with_entropy):
+    vocabulary_checks.check_slices(torch_backend, dtype, with_entropy)
 
 
 class Partitioned(torch.nn.Parameter):
