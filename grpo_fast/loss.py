@@ -143,6 +143,8 @@ def linear_policy_loss(
     given = {"ids": ids, "mask": mask, "advantages": advantages}
     placed = place(hidden, weight, bias, tp_group, workspace_bytes, **given)
     weight, bias = placed.weight, placed.bias
+    if isinstance(ref_weight, Tensor):
+        ref_weight = place(ref_hidden, ref_weight, None, tp_group, workspace_bytes).weight
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
     lora_A, lora_B, lora_scale = inputs.check_lora(lora, hidden, weight)
     inputs.check_reference(ref_logp, ref_hidden, ref_weight, hidden, weight)
