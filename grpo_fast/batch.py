@@ -208,10 +208,13 @@ def _check_options(
 
 
 def _correct(config, advantages, fields, mask, bounds):
-    """Advantages with the rollout correction in them: old and rollout log-probs are both known."""
+    """Advantages with the rollout correction in them: old and rollout log-probs are both known.
+
+    Not where a token of factor 0 still has a side to be clipped on.
+    """
     gap = fields["old_logp"] - fields["rollout_logp"]
     fields = {**fields, "rollout_gap": gap}
-    if config.preset.objective != "vespo":
+    if config.preset.objective != "vespo" and config.level != "sequence_clipped":
         advantages = scaled(advantages, rollout_factor(config, gap, mask, bounds))
         if config.off_policy_mask_threshold is None:
             fields["rollout_logp"] = None
