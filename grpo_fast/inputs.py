@@ -224,7 +224,7 @@ def flatten(
     if max_rows is not None:
         order = torch.argsort(~mask, stable=True)
         poisoned = (mask.sum() > max_rows) | (ids < 0).any() | (ids >= V).any()
-        room = (max_rows,) * 3
+        room = (min(max_rows, ids.numel()),) * 3
         return Rows(ids.clamp(0, V - 1), mask, order, *room, poisoned=poisoned)
     order = torch.argsort(2 - kept.to(torch.int8) - useful.to(torch.int8), stable=True)
     if ids.numel() == 0:

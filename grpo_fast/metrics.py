@@ -43,7 +43,9 @@ def summarize(terms: Terms, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return torch.ones((), device=device, dtype=dtype)
         fill = torch.full_like(values, -torch.inf if high else torch.inf)
         kept = torch.where(mask, values, fill)
-        return kept.amax() if high else kept.amin()
+        found = kept.amax() if high else kept.amin()
+        # whether a fixed capacity has a token is known on the device alone
+        return torch.where(mask.any(), found, torch.ones_like(found)) if rows.fixed else found
 
     bounds = batch.config.ratio_bounds
     low = ((terms.ratio < bounds[0]) & (terms.advantage < 0)).to(dtype)
