@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import gemm, inputs
 from .backend import select
@@ -20,6 +19,7 @@ from .chunks import (
     fp16_scale,
     no_autocast,
 )
+from .gradients import apply, compilable, once
 from .inputs import Rows
 
 
@@ -144,7 +144,7 @@ class _LinearLogProb(torch.autograd.Function):
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, dlogp, dentropy, dlse):
         *tensors, ids, stats, u = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:
@@ -193,6 +193,7 @@ def _select(upstream, mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None
     return (zero if dlogp is None else dlogp, *others)
 
 
+@compilable
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -255,7 +256,7 @@ def linear_logprob(
         "lora_scale": lora[2],
     }
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, ent, lse = _LinearLogProb.apply(flat, weight, bias, *lora[:2], rows.ids, rows, options)
+    logp, ent, lse = apply(_LinearLogProb, flat, weight, bias, *lora[:2], rows.ids, rows, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))
 
 
@@ -273,7 +274,7 @@ class _LogProb(torch.autograd.Function):
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, dlogp, dentropy, dlse):
         logits, ids, active, stats = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:
@@ -295,6 +296,7 @@ class _LogProb(torch.autograd.Function):
         return out, None, None, None
 
 
+@compilable
 def logprob(
     logits: Tensor,
     ids: Tensor,
@@ -331,5 +333,5 @@ def logprob(
     cube = logits if logits.dim() == 3 else logits[None]
     active = None if mask is None else rows.mask
     options = {"inv_temperature": 1.0 / temperature if inverse is None else inverse}
-    logp, ent, lse = _LogProb.apply(cube, rows.ids, active, options)
+    logp, ent, lse = apply(_LogProb, cube, rows.ids, active, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))

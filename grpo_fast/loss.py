@@ -6,60 +6,17 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import inputs, routes
 from .backend import Backend, select
 from .batch import Batch, objective_arguments, prepare, rollout_arguments
 from .chunks import LinearHead, Lora, Needs, autocast_dtype, fp16_scale, no_autocast
 from .config import LossConfig
+from .gradients import Attach, apply, compilable, wanted
 from .logprob import head_stats
 from .metrics import summarize
 from .plan import Facts, Plan, choose
 from .terms import evaluate, named_terms
-
-
-class _Attach(torch.autograd.Function):
-    """Give a finished loss its gradients: backward only multiplies by the upstream scalar."""
-
-    @staticmethod
-    def forward(ctx, loss, gradients, scale, *tensors):
-        ctx.gradients, ctx.scale = list(gradients), scale
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        return loss.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "this loss computed its gradients in the forward pass and gave them to the first "
-                "backward; call the loss again for a second one (retain_graph cannot help)."
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        factor = upstream if ctx.scale is None else upstream / ctx.scale
-        out = []
-        while gradients:
-            grad = gradients.pop(0)
-            dtype = ctx.dtypes[-1 - len(gradients)]
-            out.append(None if grad is None else _scaled(grad, factor).to(dtype))
-        return (None, None, None, *out)
-
-
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor in place: the buffer is ours, and a copy of dweight would double the peak.
-
-    Half precision goes through fp32, 256 rows at a time: a loss scale of 65536 is inf in fp16.
-    """
-    # reading the factor makes a GPU wait, and a CPU save a pass
-    if grad.is_cpu and factor.item() == 1.0:
-        return grad
-    if grad.dtype.itemsize >= 4:
-        return grad.mul_(factor.to(grad.dtype))
-    for plane in grad if grad.dim() == 3 else grad[None]:
-        for rows in plane.split(256):
-            rows.copy_(rows.float().mul_(factor))
-    return grad
 
 
 def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
@@ -90,6 +47,7 @@ def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
     )
 
 
+@compilable
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -196,8 +154,7 @@ def linear_policy_loss(
         has_ref=ref_hidden is not None,
     )
     tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_A, lora_B)
-    wanted = torch.is_grad_enabled()
-    needs = Needs(*(wanted and t is not None and t.requires_grad for t in tensors))
+    needs = Needs(*wanted(*tensors))
     options = {
         "backend": backend,
         "workspace_bytes": workspace_bytes,
@@ -222,7 +179,7 @@ def linear_policy_loss(
             return plan
         terms, gradients = routes.run(plan.route, head, batch, needs)
         loss, metrics = summarize(terms, batch)
-    return (_Attach.apply(loss, gradients, None, *tensors) if any(needs) else loss), metrics
+    return (apply(Attach, loss, gradients, None, *tensors) if any(needs) else loss), metrics
 
 
 def _reference(
@@ -299,6 +256,7 @@ def _check_inplace(logits: Tensor) -> None:
         reach += stride * (n - 1)
 
 
+@compilable
 def policy_loss(
     logits: Tensor,
     ids: Tensor,
@@ -342,7 +300,7 @@ def policy_loss(
     inputs.check_logits(logits)
     backend = select(logits.device)
     inputs.check_precision("logits", logits, backend.name)
-    needed = torch.is_grad_enabled() and logits.requires_grad
+    (needed,) = wanted(logits)
     if inplace and needed:
         _check_inplace(logits)
     shape = tuple(logits.shape[:-1])
@@ -382,4 +340,4 @@ def policy_loss(
         loss, metrics = summarize(terms, batch)
     if not needed:
         return loss, metrics
-    return _Attach.apply(loss, (out.view(logits.shape),), scale, logits), metrics
+    return apply(Attach, loss, (out.view(logits.shape),), scale, logits), metrics
