@@ -60,8 +60,7 @@ class Batch:
     @property
     def per_sequence(self) -> bool:
         """True when a token's derivative needs the log-probs of its whole sequence."""
-        config = self.config
-        return config.level != "token" or _correction_per_sequence(config, self.rollout_logp)
+        return needs_sequences(self.config, self.rollout_logp is not None)
 
     @property
     def per_batch(self) -> bool:
@@ -75,9 +74,11 @@ class Batch:
         return on_policy and self.ref_logp is None and not self.per_batch
 
 
-def _correction_per_sequence(config: LossConfig, rollout_logp: Tensor | None) -> bool:
-    by_sequence = rollout_logp is not None and not config.rollout_correction.startswith("token")
-    return by_sequence or config.off_policy_mask_threshold is not None
+def needs_sequences(config: LossConfig, has_rollout: bool) -> bool:
+    """True when a token's derivative needs the log-probs of its whole sequence."""
+    by_sequence = has_rollout and not config.rollout_correction.startswith("token")
+    masked = config.off_policy_mask_threshold is not None
+    return config.level != "token" or by_sequence or masked
 
 
 def objective_arguments(config: LossConfig) -> dict[str, object]:
@@ -135,7 +136,7 @@ def prepare(
         inputs.fail("config", "a LossConfig", inputs.describe(config))
     inputs.check_cu_seqlens(cu_seqlens, shape, device, on_device=max_rows is not None)
     _check_options(config, skip_inactive_forward, max_rows, shape)
-    by_sequence = config.level != "token" or _correction_per_sequence(config, rollout_logp)
+    by_sequence = needs_sequences(config, rollout_logp is not None)
     needs_bounds = by_sequence or config.weights == "sequence_mean"
     needs_count = config.weights != "token_mean" and denominator is None
     if len(shape) == 1 and cu_seqlens is None and (needs_bounds or needs_count):

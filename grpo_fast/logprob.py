@@ -6,21 +6,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import gemm, inputs
 from .backend import select
-from .chunks import (
-    HeadGradients,
-    LinearHead,
-    Lora,
-    Needs,
-    autocast_dtype,
-    fp16_scale,
-    no_autocast,
-)
-from .gradients import apply, compilable, once
+from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
+from .gradients import HeadGradients, fp16_scale
+from .handover import apply, compilable, once
 from .inputs import Rows
+from .parallel import place
 
 
 class LogProbs(NamedTuple):
@@ -57,6 +52,7 @@ def head_gradients(
     needs: Needs,
     *,
     index: Tensor | None = None,
+    main_grad: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Backward from (dlogp, dlse, dentropy), each (N,): gradients of hidden, weight, bias, A, B.
 
@@ -73,8 +69,9 @@ def head_gradients(
     scale = fp16_scale(head.narrow, size)
     if scale is not None:
         upstream = tuple(None if g is None else g * scale for g in upstream)
-    grads = HeadGradients(head, needs, scale)
-    visit = _by_columns if head.columns_first and n > head.chunk_rows else _by_rows
+    grads = HeadGradients(head, needs, main_grad, scale)
+    columns_first = head.columns_first and needs.weight and n > head.chunk_rows
+    visit = _by_columns if columns_first else _by_rows
     visit(head, ids, stats, upstream, grads, index, n)
     return grads.finish()
 
@@ -207,6 +204,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     entropy: bool = False,
     workspace_bytes: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
 ) -> LogProbs:
     """Log-probs of ids under an lm_head, without ever holding the (N, V) logits.
 
@@ -230,6 +228,11 @@ def linear_logprob(
         entropy: also return the entropy of each distribution.
         workspace_bytes: bound on the temporary memory in bytes; None: room for 2,048 rows and at
             least 1 GiB on CUDA, 384 MiB elsewhere.
+        tp_group: the ranks over which the vocabulary is split: weight (V_r, H), bias (V_r,) and B
+            (V_r, r) are this rank's rows, in the order of the ranks, and all else is the same on
+            every rank. Their gradients stay local, those of hidden and A are the whole ones on
+            every rank. None: a DTensor (FSDP2) is gathered in forward and again in backward, and
+            its gradient averaged over its mesh.
 
     Returns:
         LogProbs, each field shaped like ids, fp32 (fp64 for fp64 inputs), 0 where masked.
@@ -237,14 +240,16 @@ def linear_logprob(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
     """
+    placed = place(hidden, weight, bias, tp_group, workspace_bytes, ids=ids, mask=mask)
+    weight, bias = placed.weight, placed.bias
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
     lora = inputs.check_lora(lora, hidden, weight)
-    backend = select(hidden.device)
+    backend = placed.rows(select(hidden.device))
     inputs.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
     flat_mask = inputs.flat_mask(mask, shape, hidden.device)
     temperature, inverse = inputs.check_temperature(temperature, shape, flat_mask)
-    rows = inputs.flatten(ids, flat_mask, weight.shape[0], shape)
+    rows = inputs.flatten(ids, flat_mask, placed.V, shape)
     options = {
         "backend": backend,
         "workspace_bytes": workspace_bytes,
@@ -254,9 +259,12 @@ def linear_logprob(
         "inv_temperature": inverse,
         "autocast_dtype": autocast_dtype(hidden),
         "lora_scale": lora[2],
+        "shard": placed.shard,
     }
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, ent, lse = apply(_LinearLogProb, flat, weight, bias, *lora[:2], rows.ids, rows, options)
+    head = (flat, weight, bias, *lora[:2])
+    with placed.saved():
+        logp, ent, lse = apply(_LinearLogProb, *head, rows.ids, rows, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from .backend import select
 from .chunks import Needs, autocast_dtype
-from .gradients import TRACED, Handover, handed_over
+from .handover import TRACED, Handover, handed_over
 from .logprob import LogProbs, _LinearLogProb, _LogProb
 from .logprob import linear_logprob as eager_linear
 from .logprob import logprob as eager_logits
-from .ops import (
+from .tracing import (
     OptDtype,
     OptFloat,
     OptInt,
@@ -21,6 +21,7 @@ from .ops import (
     autocast_of,
     check_shapes,
     either,
+    refuse,
     split,
     traced_wanted,
     wide,
@@ -134,6 +135,7 @@ def _linear_backward(
             "inv_temperature": inverse,
             "autocast_dtype": autocast_dtype(hidden),
             "lora_scale": lora_scale,
+            "shard": None,
         }
         with torch.no_grad():
             grads = _LinearLogProb.backward(context, dlogp, dentropy, dlse)[:5]
@@ -282,8 +284,11 @@ def linear_logprob(
     logit_scale=1.0,
     entropy=False,
     workspace_bytes=None,
+    tp_group=None,
 ):
     """`logprob.linear_logprob` as torch.compile traces it."""
+    if tp_group is not None:
+        refuse("tp_group", "None", "a process group")
     lora_A, lora_B, lora_scale = (None, None, 1.0) if lora is None else lora
     logp, ent, lse, *_ = torch.ops.grpo_fast.linear_logprob(
         hidden,

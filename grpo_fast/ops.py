@@ -9,25 +9,35 @@ calls do not come through here.
 import functools
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NoReturn, Optional
 
 import torch
 from torch import Tensor
-from torch.types import Number
 
-from . import inputs, loss, metrics
+from . import metrics
 from .config import LossConfig
-from .gradients import TRACED, handed_over
+from .handover import TRACED, handed_over
+from .logits_loss import policy_loss as eager_logits
+from .loss import linear_policy_loss as eager_linear
+from .tracing import (
+    OptDtype,
+    OptFloat,
+    OptInt,
+    OptNumber,
+    OptTensor,
+    autocast_again,
+    autocast_of,
+    check_shapes,
+    either,
+    fake_gradients,
+    gradients_or_empty,
+    refuse,
+    scaled,
+    split,
+    traced_wanted,
+    wide,
+)
 
 DEFAULT = LossConfig()
-# the spelling of an optional argument from which every torch.library reads a schema
-OptTensor = Optional[Tensor]  # noqa: UP045
-OptNumber = Optional[Number]  # noqa: UP045
-OptFloat = Optional[float]  # noqa: UP045
-OptInt = Optional[int]  # noqa: UP045
-OptDtype = Optional[torch.dtype]  # noqa: UP045
 
 
 @functools.lru_cache(maxsize=64)
@@ -36,51 +46,6 @@ def _config(text: str) -> LossConfig:
         # the caller heard it where the configuration was made
         warnings.simplefilter("ignore")
         return LossConfig(**json.loads(text))
-
-
-def split(value: object) -> tuple[Tensor | None, object]:
-    """(tensor, None) or (None, number) of an argument that may be either."""
-    return (value, None) if isinstance(value, Tensor) else (None, value)
-
-
-def either(tensor: Tensor | None, number: object) -> object:
-    """Inverse of `split`."""
-    return number if tensor is None else tensor
-
-
-def autocast_of(like: Tensor) -> torch.dtype | None:
-    """The dtype of the autocast region a call is traced in: compiled code runs outside of it."""
-    kind = like.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-@contextmanager
-def autocast_again(like: Tensor, dtype: torch.dtype | None) -> Iterator[None]:
-    """The autocast region of `autocast_of` around an op that runs."""
-    if dtype is None:
-        yield
-        return
-    with torch.autocast(like.device.type, dtype):
-        yield
-
-
-def traced_wanted(*tensors: Tensor | None) -> list[bool]:
-    """Which tensors want a gradient, as the argument of an op."""
-    enabled = torch.is_grad_enabled()
-    return [enabled and t is not None and t.requires_grad for t in tensors]
-
-
-def wide(like: Tensor) -> torch.dtype:
-    """fp32, or fp64: what losses and gradients of an input are computed in."""
-    return torch.promote_types(like.dtype, torch.float32)
-
-
-def check_shapes(shape: tuple[int, ...], ids: Tensor, **fields: Tensor | None) -> None:
-    """ValueError while tracing for what does not depend on values; the op checks the rest."""
-    inputs.check_tensor("ids", ids, shape, ids.device, floating=False)
-    for name, value in fields.items():
-        if value is not None and tuple(value.shape) != shape:
-            inputs.fail(name, f"tensor {shape}", inputs.describe(value))
 
 
 def _stacked(loss_: Tensor, found: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,18 +71,6 @@ def _named(numbers: Tensor, counts: Tensor, has_ref: bool, has_rollout: bool) ->
     values = list(numbers.detach().unbind())
     whole = list(counts.unbind())
     return {name: (whole if name in metrics.COUNTS else values).pop(0) for name in known}
-
-
-def gradients_or_empty(like: Tensor, gradients: list[Tensor | None] | None, n: int) -> list[Tensor]:
-    """n tensors, with nothing in those that nobody wants."""
-    gradients = [None] * n if gradients is None else gradients
-    return [like.new_empty(0, dtype=wide(like)) if g is None else g for g in gradients]
-
-
-def refuse(name: str, expected: str, got: object) -> NoReturn:
-    """`inputs.fail`, of what torch.compile cannot have."""
-    inputs.fail(name, f"{expected} under torch.compile", got)
-    raise AssertionError
 
 
 @torch.library.custom_op("grpo_fast::linear_policy_loss", mutates_args=())
@@ -152,7 +105,7 @@ def _linear(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with handed_over(tuple(wanted)) as context, autocast_again(hidden, autocast):
-        loss_, found = loss.linear_policy_loss.__wrapped__(
+        loss_, found = eager_linear.__wrapped__(
             hidden,
             weight,
             ids,
@@ -193,14 +146,6 @@ def _(hidden, weight, ids, advantages, *given):
     return *stacked, *fake_gradients(hidden, tensors, given["wanted"])
 
 
-def fake_gradients(like: Tensor, tensors, flags: list[bool]) -> list[Tensor]:
-    """Shapes of `gradients_or_empty`."""
-    return [
-        like.new_empty(t.shape if flag else (0,), dtype=wide(like))
-        for t, flag in zip(tensors, flags, strict=True)
-    ]
-
-
 @functools.cache
 def _names(op) -> list[str]:
     return [a.name for a in op._opoverload._schema.arguments]
@@ -232,13 +177,6 @@ def register_loss_gradient(op, names: tuple[str, ...]) -> None:
     op.register_autograd(backward, setup_context=setup)
 
 
-def scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor, by way of fp32 for half precision."""
-    if grad.dtype.itemsize >= 4:
-        return grad * factor.to(grad.dtype)
-    return grad.float() * factor
-
-
 register_loss_gradient(_linear, ("hidden", "weight", "bias", "lora_A", "lora_B"))
 
 
@@ -265,12 +203,21 @@ def linear_policy_loss(
     denominator=None,
     skip_inactive_forward=False,
     max_rows=None,
+    main_grad=None,
+    grad_scale=1.0,
     workspace_bytes=None,
+    tp_group=None,
     explain=False,
 ):
     """`loss.linear_policy_loss` as torch.compile traces it."""
     if explain:
         refuse("explain", "False", explain)
+    if main_grad is not None:
+        refuse("main_grad", "None", "a tensor")
+    if grad_scale != 1.0:
+        refuse("grad_scale", "1.0", grad_scale)
+    if tp_group is not None:
+        refuse("tp_group", "None", "a process group")
     lora_A, lora_B, lora_scale = (None, None, 1.0) if lora is None else lora
     loss_, numbers, counts, *_ = torch.ops.grpo_fast.linear_policy_loss(
         hidden,
@@ -325,7 +272,7 @@ def _logits(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with handed_over(tuple(wanted)) as context:
-        loss_, found = loss.policy_loss.__wrapped__(
+        loss_, found = eager_logits.__wrapped__(
             logits,
             ids,
             advantages,
@@ -378,7 +325,7 @@ def policy_loss(
     max_rows=None,
     inplace=False,
 ):
-    """`loss.policy_loss` as torch.compile traces it."""
+    """`logits_loss.policy_loss` as torch.compile traces it."""
     if inplace:
         refuse("inplace", "False", inplace)
     loss_, numbers, counts, *_ = torch.ops.grpo_fast.policy_loss(

@@ -30,13 +30,27 @@ def _row_blocks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
             yield slice(b * T + t, b * T + t + block.shape[0]), block
 
 
-def _transform(x: Tensor, scale: float, softcap: float | None, inv_temperature: float) -> Tensor:
+def _of_rows(inv_temperature: float | Tensor, rows: slice, index: Tensor | slice) -> float | Tensor:
+    """The number for all rows, or the (n,) numbers of the rows in index."""
+    return inv_temperature[rows][index] if isinstance(inv_temperature, Tensor) else inv_temperature
+
+
+def _column(factor: float | Tensor) -> float | Tensor:
+    """What a block (n, V) is multiplied by: a number, or (n,) -> (n, 1)."""
+    return factor[:, None] if isinstance(factor, Tensor) else factor
+
+
+def _transform(
+    x: Tensor, scale: float, softcap: float | None, inv_temperature: float | Tensor
+) -> Tensor:
     """Block of logits as stored -> z in fp32: x itself where nothing changes, else a new tensor."""
     z = x.to(torch.promote_types(x.dtype, torch.float32))
     if softcap is not None:
-        return z.mul(scale / softcap).tanh_().mul_(softcap * inv_temperature)
+        return z.mul(scale / softcap).tanh_().mul_(_column(softcap * inv_temperature))
     factor = scale * inv_temperature
-    return z if factor == 1.0 else z.mul(factor)
+    if not isinstance(factor, Tensor) and factor == 1.0:
+        return z
+    return z.mul(_column(factor))
 
 
 def _row_stats(x: Tensor, ids: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,20 +83,20 @@ def logprob_fwd(
     stats: Tensor,
     *,
     active: Tensor | None = None,
-    inv_temperature: float = 1.0,
+    inv_temperature: float | Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:
     """Fill stats (4, N) with logp, entropy, max and log-sum; see `kernels/logprob.py`."""
     for rows, block in _row_blocks(logits):
         if active is None:
-            x = _transform(block, scale, softcap, inv_temperature)
+            x = _transform(block, scale, softcap, _of_rows(inv_temperature, rows, slice(None)))
             stats[:, rows] = _row_stats(x, ids[rows], keep=False)[0]
             continue
         index = active[rows].nonzero()[:, 0]
         stats[:, rows] = 0.0
         if index.numel():
-            x = _transform(block[index], scale, softcap, inv_temperature)
+            x = _transform(block[index], scale, softcap, _of_rows(inv_temperature, rows, index))
             stats[:, rows.start + index] = _row_stats(x, ids[rows][index], keep=False)[0]
 
 
@@ -96,7 +110,7 @@ def _store_gradient(
     dlogp: Tensor,
     dlse: Tensor | None,
     dentropy: Tensor | None,
-    chain: tuple[float, float | None, float],
+    chain: tuple[float, float | None, float | Tensor],
 ) -> None:
     """out[index] = dloss/dlogits (n, V), from z - max and p = exp(z - max), both used up.
 
@@ -105,7 +119,8 @@ def _store_gradient(
     logp, entropy, peak, log_sum = stats
     scale, softcap, inv_temperature = chain
     inner = scale * inv_temperature
-    target = ids[:, None]
+    # -1: the target is a column of another rank's logits, and no column here is special
+    target = ids.clamp(min=0)[:, None]
     norm = torch.exp(-log_sum)
     by_p = -dlogp if dlse is None else dlse - dlogp
     at_target = dlogp * -torch.expm1(logp)
@@ -123,9 +138,10 @@ def _store_gradient(
         at_target = at_target - torch.where(p_target > 0, dentropy * p_target * gap, 0.0)
         factor = (z - mean[:, None]).mul_(-dentropy[:, None]).add_(by_p[:, None])
         torch.mul(p, factor.mul_((norm * inner)[:, None]), out=grad)
-    grad.scatter_(1, target, (at_target * inner)[:, None])
+    value = torch.where(ids[:, None] < 0, grad.gather(1, target), (at_target * inner)[:, None])
+    grad.scatter_(1, target, value)
     if softcap is not None:
-        tanh = (z + peak[:, None]).div_(softcap * inv_temperature)
+        tanh = (z + peak[:, None]).div_(_column(softcap * inv_temperature))
         grad.mul_(tanh.square_().neg_().add_(1.0))
     if grad is p:
         out[index] = p.to(out.dtype)
@@ -141,16 +157,16 @@ def logprob_bwd(
     dlse: Tensor | None = None,
     dentropy: Tensor | None = None,
     active: Tensor | None = None,
-    inv_temperature: float = 1.0,
+    inv_temperature: float | Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:
     """Fill out (B, T, V) with the gradient by logits (out may be logits); see
     `kernels/logprob.py`."""
-    chain = (scale, softcap, inv_temperature)
     keep = dentropy is not None or softcap is not None
     for (rows, block), (_, out_block) in zip(_row_blocks(logits), _row_blocks(out), strict=True):
         index = slice(None) if active is None else active[rows].nonzero()[:, 0]
+        chain = (scale, softcap, _of_rows(inv_temperature, rows, index))
         x = _transform(block[index], *chain)
         if active is not None:
             out_block.zero_()
@@ -181,38 +197,48 @@ def policy(
     weight_kl: bool,
     parameters: tuple[float, float, float, float],
     beta: float,
+    entropy_coef: float = 0.0,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    rollout_weight: Callable | None = None,
+    rollout_bounds: tuple[float, float] = (0.0, float("inf")),
+    rollout_mask: bool = False,
     active: Tensor | None = None,
-    inv_temperature: float = 1.0,
+    inv_temperature: float | Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:
     """Fill terms (6, N) and, unless out is None, out (B, T, V); see `kernels/policy.py`."""
-    chain = (scale, softcap, inv_temperature)
+    assert rollout_logp is None or rollout_weight is not None
+    keep = out is not None and (softcap is not None or entropy_coef != 0.0)
     outs = _row_blocks(logits if out is None else out)
     for (rows, block), (_, out_block) in zip(_row_blocks(logits), outs, strict=True):
         index = slice(None) if active is None else active[rows].nonzero()[:, 0]
         if active is not None:
             terms[:, rows] = 0.0
             terms[3, rows] = 1.0
+        chain = (scale, softcap, _of_rows(inv_temperature, rows, index))
         x = _transform(block[index], *chain)
         target = ids[rows][index]
         if out is not None and active is not None:
             out_block.zero_()
         if target.numel() == 0:
             continue
-        stats, p, z = _row_stats(x, target, keep=out is not None and softcap is not None)
-        logp = stats[0]
-        old = None if old_logp is None else old_logp[rows][index]
+        stats, p, z = _row_stats(x, target, keep=keep)
+        logp, entropy = stats[:2]
+        # on-policy log-ratios are 0 for every finite logp, NaN where logp is NaN
+        old = logp if old_logp is None else old_logp[rows][index]
         ref = logp if ref_logp is None else ref_logp[rows][index]
-        weight = weights[rows][index]
+        weight, advantage = weights[rows][index], advantages[rows][index]
+        if rollout_logp is not None:
+            gap = old - rollout_logp[rows][index]
+            advantage = advantage * rollout_weight(gap, *rollout_bounds, rollout_mask)
         loss, by_logp, by_ratio, ratio, kl_value = token_loss(
             logp,
-            # on-policy: 0 for every finite logp, NaN where logp is NaN
-            logp - (logp if old is None else old),
+            logp - old,
             ref,
-            advantages[rows][index],
+            advantage,
             *parameters,
             beta,
             objective,
@@ -223,10 +249,16 @@ def policy(
             ref_logp is not None,
         )
         dlogp = (by_logp + by_ratio) * weight
-        row_terms = torch.stack((loss * weight, logp, stats[1], ratio, kl_value, dlogp))
+        dentropy = None
+        idle = dlogp == 0.0
+        if entropy_coef != 0.0:
+            loss = loss - entropy_coef * entropy
+            dentropy = -entropy_coef * weight
+            idle &= dentropy == 0.0
+        row_terms = torch.stack((loss * weight, logp, entropy, ratio, kl_value, dlogp))
         terms[:, rows][:, index] = row_terms
         if out is not None:
-            _store_gradient(out_block, index, z, p, target, stats, dlogp, None, None, chain)
+            _store_gradient(out_block, index, z, p, target, stats, dlogp, None, dentropy, chain)
             # NaN in a row that has no gradient stays out of it
-            dead = (dlogp == 0.0).nonzero()[:, 0]
+            dead = idle.nonzero()[:, 0]
             out_block[dead if active is None else index[dead]] = 0.0

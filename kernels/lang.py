@@ -2,11 +2,13 @@
 row.
 
 Every kernel here works on one row of logits per program, in fp32 whatever the storage type. `z` is
-the transformed logit: z = softcap * tanh(scale * x / softcap) * inv_temperature.
+the transformed logit: z = softcap * tanh(scale * x / softcap) * inv_temperature, with one
+inv_temperature for all rows or one for each.
 """
 
 import types
 
+import torch
 import triton
 import triton.language as tl
 
@@ -28,6 +30,16 @@ def device_function(fn: types.FunctionType, _made: dict = {}):  # noqa: B006 (a 
         twin.__module__, twin.__qualname__ = fn.__module__, fn.__qualname__
         _made[fn] = triton.jit(twin)
     return _made[fn]
+
+
+def temperature_arguments(inv_temperature: float | torch.Tensor) -> dict[str, object]:
+    """Launch arguments for one inv_temperature, or for an fp32 (N,) tensor of them."""
+    by_row = isinstance(inv_temperature, torch.Tensor)
+    return {
+        "inv_temperature": 1.0 if by_row else float(inv_temperature),
+        "inv_temperature_ptr": inv_temperature if by_row else None,
+        "HAS_ROW_TEMPERATURE": by_row,
+    }
 
 
 @triton.jit
@@ -154,7 +166,9 @@ def store_row_gradient(
     """
     expected = log_sum - entropy
     for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
+        # (1, BLOCK_V), not (BLOCK_V,): Triton spreads tiles of one shape alike over the threads, so
+        # a narrower output would change the order of the sums of `row_stats` in the same kernel
+        cols = start + tl.arange(0, BLOCK_V)[None, :]
         inside = cols < V
         x = tl.load(row_ptr + cols, mask=inside, other=0.0)
         z = transform(x, scale, softcap, inv_temperature, HAS_SOFTCAP)
@@ -175,5 +189,5 @@ def store_row_gradient(
 def store_zero_row(out_ptr, V, BLOCK_V: tl.constexpr):
     """out[0:V] = 0 without reading anything."""
     for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        tl.store(out_ptr + cols, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=cols < V)
+        cols = start + tl.arange(0, BLOCK_V)[None, :]
+        tl.store(out_ptr + cols, tl.zeros((1, BLOCK_V), out_ptr.dtype.element_ty), mask=cols < V)

@@ -8,7 +8,13 @@ import triton
 import triton.language as tl
 
 from grpo_fast.kernels.configs import ENABLE_FP_FUSION, row_launch
-from grpo_fast.kernels.lang import row_pointer, row_stats, store_row_gradient, store_zero_row
+from grpo_fast.kernels.lang import (
+    row_pointer,
+    row_stats,
+    store_row_gradient,
+    store_zero_row,
+    temperature_arguments,
+)
 
 # Row counts differ from chunk to chunk and the (N,) vectors are slices of any alignment:
 # specialised on, seven launches of one run compiled six variants. The logits keep their 128-bit
@@ -18,7 +24,7 @@ PER_CALL = ["T", "stride_stats"]
 
 @triton.jit(
     do_not_specialize=PER_CALL,
-    do_not_specialize_on_alignment=["ids_ptr", "active_ptr", "stats_ptr"],
+    do_not_specialize_on_alignment=["ids_ptr", "active_ptr", "stats_ptr", "inv_temperature_ptr"],
 )
 def logprob_fwd_kernel(
     logits_ptr,
@@ -33,8 +39,10 @@ def logprob_fwd_kernel(
     scale,
     softcap,
     inv_temperature,
+    inv_temperature_ptr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_TEMPERATURE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """stats[:, n] = logp, entropy, max, log-sum of row n; zeros where active[n] == 0, unread."""
@@ -44,6 +52,8 @@ def logprob_fwd_kernel(
     active = True
     if HAS_MASK:
         active = tl.load(active_ptr + n) != 0
+    if HAS_ROW_TEMPERATURE:
+        inv_temperature = tl.load(inv_temperature_ptr + n).to(tl.float32)
     if active:
         row_ptr = row_pointer(logits_ptr, n, T, stride_b, stride_t)
         target = tl.load(ids_ptr + n)
@@ -68,6 +78,7 @@ def logprob_fwd_kernel(
         "dlogp_ptr",
         "dlse_ptr",
         "dentropy_ptr",
+        "inv_temperature_ptr",
     ],
 )
 def logprob_bwd_kernel(
@@ -89,8 +100,10 @@ def logprob_bwd_kernel(
     scale,
     softcap,
     inv_temperature,
+    inv_temperature_ptr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_TEMPERATURE: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     HAS_DENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -112,6 +125,8 @@ def logprob_bwd_kernel(
         dlse = tl.load(dlse_ptr + n)
     if HAS_DENTROPY:
         dentropy = tl.load(dentropy_ptr + n)
+    if HAS_ROW_TEMPERATURE:
+        inv_temperature = tl.load(inv_temperature_ptr + n).to(tl.float32)
     if active:
         store_row_gradient(
             row_pointer(logits_ptr, n, T, stride_b, stride_t),
@@ -142,7 +157,7 @@ def logprob_fwd(
     stats: torch.Tensor,
     *,
     active: torch.Tensor | None = None,
-    inv_temperature: float = 1.0,
+    inv_temperature: float | torch.Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:
@@ -151,6 +166,7 @@ def logprob_fwd(
     Args:
         logits: (B, T, V) fp32, fp16 or bf16 with stride 1 over V; row n = b * T + t.
         ids: (N,) int64 in [0, V) where active; active: (N,) bool or None for all.
+        inv_temperature: one number, or (N,) fp32 with each row's own.
     """
     B, T, V = logits.shape
     if B * T == 0:
@@ -170,7 +186,7 @@ def logprob_fwd(
             V=V,
             scale=float(scale),
             softcap=0.0 if softcap is None else float(softcap),
-            inv_temperature=float(inv_temperature),
+            **temperature_arguments(inv_temperature),
             HAS_MASK=active is not None,
             HAS_SOFTCAP=softcap is not None,
             BLOCK_V=launch.BLOCK_V,
@@ -189,7 +205,7 @@ def logprob_bwd(
     dlse: torch.Tensor | None = None,
     dentropy: torch.Tensor | None = None,
     active: torch.Tensor | None = None,
-    inv_temperature: float = 1.0,
+    inv_temperature: float | torch.Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:
@@ -198,6 +214,7 @@ def logprob_bwd(
 
     Args:
         stats: (4, N) from `logprob_fwd`; dlogp, dlse, dentropy: (N,) fp32 upstream gradients.
+        inv_temperature: as in `logprob_fwd`.
     """
     B, T, V = logits.shape
     if B * T == 0:
@@ -223,7 +240,7 @@ def logprob_bwd(
             V=V,
             scale=float(scale),
             softcap=0.0 if softcap is None else float(softcap),
-            inv_temperature=float(inv_temperature),
+            **temperature_arguments(inv_temperature),
             HAS_MASK=active is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_DLSE=dlse is not None,

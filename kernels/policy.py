@@ -17,6 +17,7 @@ from grpo_fast.kernels.lang import (
     row_stats,
     store_row_gradient,
     store_zero_row,
+    temperature_arguments,
 )
 
 
@@ -24,8 +25,10 @@ from grpo_fast.kernels.lang import (
 def evaluate_token(
     n,
     logp,
+    entropy,
     old_logp_ptr,
     ref_logp_ptr,
+    rollout_logp_ptr,
     advantage_ptr,
     weight_ptr,
     param_a,
@@ -33,28 +36,38 @@ def evaluate_token(
     param_c,
     param_d,
     beta,
+    entropy_coef,
+    rollout_low,
+    rollout_high,
     TOKEN_LOSS: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     KL: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
+    ROLLOUT_WEIGHT: tl.constexpr,
     THROUGH_RATIO: tl.constexpr,
     WEIGHT_KL: tl.constexpr,
+    ROLLOUT_MASK: tl.constexpr,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
 ):
-    """Weighted loss of token n, ratio, kl and dloss/dlogp."""
-    # on-policy: 0 for every finite logp, NaN where logp is NaN
-    log_ratio = logp - logp
+    """Weighted loss of token n, ratio, kl, dloss/dlogp and dloss/dentropy."""
+    # on-policy log-ratios are 0 for every finite logp, NaN where logp is NaN
+    old_logp = logp
     ref_logp = logp
     if HAS_OLD:
-        log_ratio = logp - tl.load(old_logp_ptr + n)
+        old_logp = tl.load(old_logp_ptr + n)
     if HAS_REF:
         ref_logp = tl.load(ref_logp_ptr + n)
     advantage = tl.load(advantage_ptr + n)
+    if HAS_ROLLOUT:
+        rollout_gap = old_logp - tl.load(rollout_logp_ptr + n)
+        advantage *= ROLLOUT_WEIGHT(rollout_gap, rollout_low, rollout_high, ROLLOUT_MASK)
     weight = tl.load(weight_ptr + n)
     loss, by_logp, by_ratio, ratio, kl = TOKEN_LOSS(
         logp,
-        log_ratio,
+        logp - old_logp,
         ref_logp,
         advantage,
         param_a,
@@ -69,7 +82,11 @@ def evaluate_token(
         WEIGHT_KL,
         HAS_REF,
     )
-    return loss * weight, ratio, kl, (by_logp + by_ratio) * weight
+    dentropy = 0.0
+    if HAS_ENTROPY:
+        loss -= entropy_coef * entropy
+        dentropy = -entropy_coef * weight
+    return loss * weight, ratio, kl, (by_logp + by_ratio) * weight, dentropy
 
 
 @triton.jit
@@ -95,9 +112,11 @@ def store_terms(ptr, stride, loss, logp, entropy, ratio, kl, dlogp):
         "active_ptr",
         "old_logp_ptr",
         "ref_logp_ptr",
+        "rollout_logp_ptr",
         "advantage_ptr",
         "weight_ptr",
         "terms_ptr",
+        "inv_temperature_ptr",
     ],
 )
 def policy_kernel(
@@ -106,6 +125,7 @@ def policy_kernel(
     active_ptr,
     old_logp_ptr,
     ref_logp_ptr,
+    rollout_logp_ptr,
     advantage_ptr,
     weight_ptr,
     terms_ptr,
@@ -120,21 +140,30 @@ def policy_kernel(
     scale,
     softcap,
     inv_temperature,
+    inv_temperature_ptr,
     param_a,
     param_b,
     param_c,
     param_d,
     beta,
+    entropy_coef,
+    rollout_low,
+    rollout_high,
     TOKEN_LOSS: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     KL: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
+    ROLLOUT_WEIGHT: tl.constexpr,
     THROUGH_RATIO: tl.constexpr,
     WEIGHT_KL: tl.constexpr,
+    ROLLOUT_MASK: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
+    HAS_ROLLOUT: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ROW_TEMPERATURE: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -142,21 +171,25 @@ def policy_kernel(
     dloss/dlogits[n]."""
     n = tl.program_id(0).to(tl.int64)
     loss, logp, entropy, ratio, kl, dlogp = 0.0, 0.0, 0.0, 1.0, 0.0, 0.0
-    peak, log_sum = 0.0, 0.0
+    peak, log_sum, dentropy = 0.0, 0.0, 0.0
     target = tl.load(ids_ptr + n)
     row_ptr = row_pointer(logits_ptr, n, T, stride_b, stride_t)
     active = True
     if HAS_MASK:
         active = tl.load(active_ptr + n) != 0
+    if HAS_ROW_TEMPERATURE:
+        inv_temperature = tl.load(inv_temperature_ptr + n).to(tl.float32)
     if active:
         logp, entropy, peak, log_sum = row_stats(
             row_ptr, target, V, scale, softcap, inv_temperature, HAS_SOFTCAP, BLOCK_V
         )
-        loss, ratio, kl, dlogp = evaluate_token(
+        loss, ratio, kl, dlogp, dentropy = evaluate_token(
             n,
             logp,
+            entropy,
             old_logp_ptr,
             ref_logp_ptr,
+            rollout_logp_ptr,
             advantage_ptr,
             weight_ptr,
             param_a,
@@ -164,20 +197,30 @@ def policy_kernel(
             param_c,
             param_d,
             beta,
+            entropy_coef,
+            rollout_low,
+            rollout_high,
             TOKEN_LOSS,
             OBJECTIVE,
             KL,
             KL_GRADIENT,
+            ROLLOUT_WEIGHT,
             THROUGH_RATIO,
             WEIGHT_KL,
+            ROLLOUT_MASK,
             HAS_OLD,
             HAS_REF,
+            HAS_ROLLOUT,
+            HAS_ENTROPY,
         )
     store_terms(terms_ptr + n, stride_terms, loss, logp, entropy, ratio, kl, dlogp)
     if WRITE_GRADIENT:
         grad_ptr = row_pointer(out_ptr, n, T, stride_out_b, stride_out_t)
+        idle = dlogp == 0.0
+        if HAS_ENTROPY:
+            idle = idle & (dentropy == 0.0)
         # clipped, zero-advantage and masked rows: their logits are not read a second time
-        if dlogp == 0.0:
+        if idle:
             store_zero_row(grad_ptr, V, BLOCK_V)
         else:
             store_row_gradient(
@@ -191,12 +234,12 @@ def policy_kernel(
                 log_sum,
                 dlogp,
                 0.0,
-                0.0,
+                dentropy,
                 scale,
                 softcap,
                 inv_temperature,
                 HAS_SOFTCAP,
-                False,
+                HAS_ENTROPY,
                 BLOCK_V,
             )
 
@@ -217,22 +260,36 @@ def policy(
     weight_kl: bool,
     parameters: tuple[float, float, float, float],
     beta: float,
+    entropy_coef: float = 0.0,
     old_logp: torch.Tensor | None = None,
     ref_logp: torch.Tensor | None = None,
+    rollout_logp: torch.Tensor | None = None,
+    rollout_weight: Callable | None = None,
+    rollout_bounds: tuple[float, float] = (0.0, float("inf")),
+    rollout_mask: bool = False,
     active: torch.Tensor | None = None,
-    inv_temperature: float = 1.0,
+    inv_temperature: float | torch.Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:
     """Fill terms (6, N) fp32 and, unless out is None, out (B, T, V) with dloss/dlogits.
 
+    loss = weight * (token_loss - entropy_coef * entropy), the advantage times rollout_weight before
+    it; terms are loss, logp, entropy, ratio, kl and the loss's derivative by logp (not that by the
+    entropy). With active, a row where it is 0 is not read and gets ratio 1 and zeros.
+
     Args:
         logits: (B, T, V) fp32, fp16 or bf16 with stride 1 over V; out may be logits itself, or its
             bytes as a narrower type.
         ids, advantages, weights, old_logp, ref_logp, active: (N,), N = B * T; floats are fp32.
-        token_loss, objective, kl, kl_gradient: functions of `grpo_fast/objectives.py`.
+        token_loss, objective, kl, kl_gradient, rollout_weight: functions of
+            `grpo_fast/objectives.py`.
         parameters: the numbers of the objective.
+        rollout_logp: (N,) fp32, NaN where there is none; needs rollout_weight, which gets old_logp
+            (else the token's own logp) - rollout_logp, rollout_bounds and rollout_mask.
+        inv_temperature: one number, or (N,) fp32 with each row's own.
     """
+    assert rollout_logp is None or rollout_weight is not None
     B, T, V = logits.shape
     if B * T == 0:
         return
@@ -245,6 +302,7 @@ def policy(
             active_ptr=active,
             old_logp_ptr=old_logp,
             ref_logp_ptr=ref_logp,
+            rollout_logp_ptr=rollout_logp,
             advantage_ptr=advantages,
             weight_ptr=weights,
             terms_ptr=terms,
@@ -258,21 +316,28 @@ def policy(
             V=V,
             scale=float(scale),
             softcap=0.0 if softcap is None else float(softcap),
-            inv_temperature=float(inv_temperature),
+            **temperature_arguments(inv_temperature),
             param_a=float(parameters[0]),
             param_b=float(parameters[1]),
             param_c=float(parameters[2]),
             param_d=float(parameters[3]),
             beta=float(beta),
+            entropy_coef=float(entropy_coef),
+            rollout_low=float(rollout_bounds[0]),
+            rollout_high=float(rollout_bounds[1]),
             TOKEN_LOSS=device_function(token_loss),
             OBJECTIVE=device_function(objective),
             KL=device_function(kl),
             KL_GRADIENT=device_function(kl_gradient),
+            ROLLOUT_WEIGHT=None if rollout_logp is None else device_function(rollout_weight),
             THROUGH_RATIO=through_ratio,
             WEIGHT_KL=weight_kl,
+            ROLLOUT_MASK=rollout_logp is not None and rollout_mask,
             HAS_MASK=active is not None,
             HAS_OLD=old_logp is not None,
             HAS_REF=ref_logp is not None,
+            HAS_ROLLOUT=rollout_logp is not None,
+            HAS_ENTROPY=entropy_coef != 0.0,
             HAS_SOFTCAP=softcap is not None,
             WRITE_GRADIENT=out is not None,
             BLOCK_V=launch.BLOCK_V,

@@ -18,13 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-import torch
 import triton
+from aot_cases import CASES
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
-
-from grpo_fast import objectives
-from grpo_fast.kernels import logprob, policy
 
 KIB = 1024
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -228,116 +225,6 @@ def _bind_loop(line: str, results: list[str], sources: dict) -> None:
             origins = [start]
             sources[argument] = (line, origins)
             sources[result] = (line, origins)
-
-
-def _rows(dtype: torch.dtype, V: int):
-    """Logits of three rows, their ids, a mask, and fp32 vectors of the same length."""
-    ids = torch.zeros(3, dtype=torch.int64)
-    active = torch.ones(3, dtype=torch.bool)
-    return torch.empty(1, 3, V, dtype=dtype), ids, active, torch.zeros(3), torch.zeros(6, 3)
-
-
-def _forward(dtype: torch.dtype, V: int, *, full: bool) -> None:
-    logits, ids, active, _, stats = _rows(dtype, V)
-    extra = {"active": active, "softcap": 30.0} if full else {}
-    logprob.logprob_fwd(logits, ids, stats[:4], inv_temperature=0.7, **extra)
-
-
-def _backward(dtype: torch.dtype, V: int, *, full: bool, out: torch.dtype | None = None) -> None:
-    logits, ids, active, vector, stats = _rows(dtype, V)
-    target = logits if out is None else torch.empty(logits.shape, dtype=out)
-    extra = {"active": active, "softcap": 30.0, "dlse": vector, "dentropy": vector} if full else {}
-    logprob.logprob_bwd(logits, ids, stats[:4], vector, target, inv_temperature=0.7, **extra)
-
-
-def _policy(
-    dtype: torch.dtype,
-    V: int,
-    *,
-    full: bool = False,
-    gradient: bool = True,
-    cispo: bool = False,
-    out: torch.dtype | None = None,
-) -> None:
-    logits, ids, active, vector, terms = _rows(dtype, V)
-    extra = (
-        {"active": active, "softcap": 30.0, "old_logp": vector, "ref_logp": vector} if full else {}
-    )
-    policy.policy(
-        logits,
-        ids,
-        vector,
-        vector,
-        terms,
-        (logits if out is None else logits.view(out)[..., :V]) if gradient else None,
-        token_loss=objectives.token_loss,
-        objective=objectives.cispo if cispo else objectives.clip,
-        kl=objectives.k1 if cispo else objectives.k3,
-        through_ratio=not cispo,
-        weight_kl=True,
-        bounds=(0.8, 1.2, float("inf")),
-        beta=0.04 if full else 0.0,
-        inv_temperature=0.7,
-        **extra,
-    )
-
-
-def launch_rows(operation: str, rows: int, start: int, number: float) -> None:
-    """Launch on a chunk of `rows` rows whose per-token vectors begin at element `start`."""
-    part = slice(start, start + rows)
-    total = start + rows
-    # nothing is read or written, so all rows may share one
-    logits = torch.empty(1, 1, 151936, dtype=torch.bfloat16).expand(1, rows, 151936)
-    ids = torch.zeros(total, dtype=torch.int64)[part]
-    vector = torch.zeros(total)[part]
-    terms = torch.zeros(6, total)[:, part]
-    temperature = {"inv_temperature": 0.5 + number}
-    if operation == "forward":
-        logprob.logprob_fwd(logits, ids, terms[:4], **temperature)
-    elif operation == "backward":
-        logprob.logprob_bwd(logits, ids, terms[:4], vector, logits, **temperature)
-    else:
-        policy.policy(
-            logits,
-            ids,
-            vector,
-            vector,
-            terms,
-            logits,
-            token_loss=objectives.token_loss,
-            objective=objectives.clip,
-            kl=objectives.k3,
-            through_ratio=True,
-            weight_kl=True,
-            bounds=(1.0 - number / 4, 1.0 + number, 2.0 + number),
-            beta=number,
-            old_logp=vector,
-            ref_logp=vector,
-            **temperature,
-        )
-
-
-# V = 151936 is a multiple of 16, so its rows start on 16-byte boundaries and loads are wide;
-# V = 50257 is odd. The small vocabularies take the narrow rows of the launch table.
-_F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
-CASES: dict[str, Callable[[], None]] = {
-    "fwd bf16 V=151936": lambda: _forward(_BF16, 151936, full=False),
-    "fwd bf16 V=50257 full": lambda: _forward(_BF16, 50257, full=True),
-    "fwd f32 V=151936 full": lambda: _forward(_F32, 151936, full=True),
-    "fwd f16 V=500": lambda: _forward(_F16, 500, full=False),
-    "bwd bf16 V=151936 in place": lambda: _backward(_BF16, 151936, full=False),
-    "bwd bf16 V=50257 full": lambda: _backward(_BF16, 50257, full=True),
-    "bwd f32 V=151936 full, bf16 out": lambda: _backward(_F32, 151936, full=True, out=_BF16),
-    "bwd f16 V=1000 full": lambda: _backward(_F16, 1000, full=True),
-    "policy bf16 V=151936 on-policy": lambda: _policy(_BF16, 151936),
-    "policy bf16 V=50257 full": lambda: _policy(_BF16, 50257, full=True),
-    "policy f32 V=151936 full, bf16 out": lambda: _policy(_F32, 151936, full=True, out=_BF16),
-    "policy f32 V=151936 full": lambda: _policy(_F32, 151936, full=True),
-    "policy f32 V=151936 full, no gradient": lambda: _policy(
-        _F32, 151936, full=True, gradient=False
-    ),
-    "policy f16 V=500 cispo full": lambda: _policy(_F16, 500, full=True, cispo=True),
-}
 
 
 def table(results: list[Compiled]) -> str:

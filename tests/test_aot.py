@@ -17,20 +17,26 @@ import torch
 
 triton = pytest.importorskip("triton")
 import aot  # noqa: E402
+import aot_cases  # noqa: E402
 import triton.language as tl  # noqa: E402
+from aot_cases import CASES  # noqa: E402
 
-# Scalars of a row: id, mask, target logit, statistics, upstream gradients. A tile that lost its
-# vectorisation adds 8 or more.
-SCALAR_LOADS = 9
+from grpo_fast import objectives  # noqa: E402
+from grpo_fast.config import KL_ESTIMATORS, OBJECTIVES  # noqa: E402
+
+# Scalars of a row: id, mask, target logit, temperature, old, reference and rollout log-prob,
+# advantage and weight, or statistics and upstream gradients. A tile that lost its vectorisation
+# adds 8 or more to at least 3.
+SCALAR_LOADS = 10
 
 
 @functools.cache
 def compiled(case: str, target: str) -> aot.Compiled:
-    return aot.compile_launch(aot.CASES[case], target, case)
+    return aot.compile_launch(CASES[case], target, case)
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("case", aot.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_shipped_launch_fits(case, target):
     result = compiled(case, target)
     assert result.spill == 0
@@ -38,13 +44,13 @@ def test_shipped_launch_fits(case, target):
     assert result.narrow_offsets == []
 
 
-@pytest.mark.parametrize("case", aot.CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_backward_rounds_a_logit_as_forward_does(case):
     # Fusion turns `logit * inv_temperature - max` into one rounding in backward, two in forward.
     assert not compiled(case, "sm_90").fp_fusion
 
 
-@pytest.mark.parametrize("case", [case for case in aot.CASES if "V=151936" in case])
+@pytest.mark.parametrize("case", [case for case in CASES if "V=151936" in case])
 def test_aligned_rows_are_read_128_bits_at_a_time(case):
     assert compiled(case, "sm_90").narrow_loads <= SCALAR_LOADS
 
@@ -56,13 +62,29 @@ def test_aligned_rows_are_read_128_bits_at_a_time(case):
         ("fwd bf16 V=151936", "policy bf16 V=151936 on-policy"),
         ("fwd bf16 V=50257 full", "policy bf16 V=50257 full"),
         ("fwd f32 V=151936 full", "policy f32 V=151936 full"),
+        ("fwd f32 V=151936 full", "policy f32 V=151936 full, bf16 out"),
+        ("fwd f32 V=151936 full", "policy f32 V=151936 full, no gradient"),
         ("fwd f16 V=500", "policy f16 V=500 cispo full"),
+        ("fwd f32 V=151936 full, by row", "policy f32 V=151936 vespo full, extras"),
     ],
 )
 def test_one_pass_and_two_pass_routes_sum_a_row_in_the_same_order(forward, policy, target):
     # Otherwise the ratio of equal weights would not be exactly 1.
     layouts = compiled(forward, target).reductions
     assert len(layouts) == 1 and layouts == compiled(policy, target).reductions
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_fits(objective, target):
+    i = list(OBJECTIVES).index(objective)
+    names = [KL_ESTIMATORS[(i + k) % len(KL_ESTIMATORS)] for k in range(2)]
+    kl, kl_gradient = (getattr(objectives, name) for name in names)
+    options = {"objective": objective, "kl": kl, "kl_gradient": kl_gradient}
+    result = aot.compile_launch(
+        lambda: aot_cases.policy(torch.float16, 500, full=True, extras=True, **options), target
+    )
+    assert result.spill == 0
 
 
 @triton.jit
@@ -147,26 +169,27 @@ def test_nothing_is_launched_and_the_driver_is_restored():
 def test_the_gpu_benchmarks_launch_nothing_that_is_not_compiled_here():
     """Every vocabulary of the set gives the kernels of V = 151936, which the cases above cover."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-    from cases import CASES
+    from cases import CASES as BENCHMARKS
 
-    sizes = {case.V for cases in CASES["gpu"].values() for case in cases}
+    sizes = {case.V for cases in BENCHMARKS["gpu"].values() for case in cases}
     assert len(sizes) > 4
     with aot.compiling_for(aot.TARGETS["sm_90"].gpu) as kernels:
         for V in sorted(sizes):
             for dtype, out in ((torch.float32, torch.bfloat16), (torch.bfloat16, None)):
                 for full in (False, True):
-                    aot._policy(dtype, V, full=full, out=out)
-                    aot._policy(dtype, V, full=full, gradient=False)
-            aot._forward(torch.float32, V, full=False)
-            aot._backward(torch.float32, V, full=False, out=torch.bfloat16)
+                    aot_cases.policy(dtype, V, full=full, out=out)
+                    aot_cases.policy(dtype, V, full=full, gradient=False)
+            aot_cases.forward(torch.float32, V, full=False)
+            aot_cases.backward(torch.float32, V, full=False, out=torch.bfloat16)
     assert len({kernel.hash for kernel in kernels}) == len(kernels) / len(sizes)
 
 
 @pytest.mark.parametrize("operation", ["forward", "backward", "policy"])
-def test_no_length_alignment_or_number_compiles_again(operation):
+@pytest.mark.parametrize("by_row", [False, True])
+def test_no_length_alignment_or_number_compiles_again(operation, by_row):
     """Chunks of 1 to 512 rows, slices that start anywhere, other temperatures: one kernel."""
     with aot.compiling_for(aot.TARGETS["sm_90"].gpu) as kernels:
         for rows, start, number in ((1, 0, 1.0), (3, 1, 0.0), (16, 4, 0.7), (512, 16, 2.0)):
-            aot.launch_rows(operation, rows, start, number)
+            aot_cases.launch_rows(operation, rows, start, number, by_row=by_row)
     assert len(kernels) == 4
     assert len({kernel.hash for kernel in kernels}) == 1

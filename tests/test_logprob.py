@@ -1,6 +1,7 @@
 """Log-prob operations on the torch backend, and what belongs to no backend."""
 
 import pytest
+import row_checks
 import torch
 from op_checks import (
     check_extreme_ratios_are_clamped_and_counted,
@@ -54,6 +55,24 @@ def test_error_rule(dtype, level):
 
 def test_small_gradients_survive_fp16():
     check_small_gradients_survive_fp16()
+
+
+@pytest.mark.parametrize("softcap", [None, 8.0])
+def test_row_temperature(softcap):
+    row_checks.check_row_temperature(softcap)
+    row_checks.check_equal_row_temperatures_change_no_bit(softcap)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("softcap", [None, 8.0])
+def test_entropy_bonus_of_the_one_pass_loss(softcap, by_row):
+    row_checks.check_entropy_bonus(softcap, by_row)
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_rollout_weight_of_the_one_pass_loss(masks, on_policy):
+    row_checks.check_rollout_weight(masks, on_policy)
 
 
 def test_float64_gradcheck():

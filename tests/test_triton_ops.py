@@ -9,6 +9,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
 import op_checks
+import row_checks
+
+from grpo_fast.config import OBJECTIVES
 
 
 @pytest.fixture(autouse=True)
@@ -47,3 +50,30 @@ def test_operation(check):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_rule(dtype, level):
     op_checks.check_low_precision(dtype, level)
+
+
+@pytest.mark.parametrize("softcap", [None, 8.0])
+def test_row_temperature(softcap):
+    row_checks.check_row_temperature(softcap)
+    row_checks.check_equal_row_temperatures_change_no_bit(softcap)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("softcap", [None, 8.0])
+def test_entropy_bonus_of_the_one_pass_loss(softcap, by_row):
+    row_checks.check_entropy_bonus(softcap, by_row)
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_rollout_weight_of_the_one_pass_loss(masks, on_policy):
+    row_checks.check_rollout_weight(masks, on_policy)
+
+
+@pytest.mark.parametrize("objective", row_checks.PARAMETERS)
+def test_objective_equals_the_torch_backend(objective):
+    row_checks.check_objective_equals_the_torch_backend(objective)
+
+
+def test_every_objective_is_compared():
+    assert set(row_checks.PARAMETERS) == set(OBJECTIVES)
