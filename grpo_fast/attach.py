@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .handover import once
 
 
 class Attach(torch.autograd.Function):
@@ -21,7 +22,7 @@ class Attach(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, upstream):
         if ctx.gradients is None:
             raise RuntimeError(

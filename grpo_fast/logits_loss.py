@@ -11,6 +11,7 @@ from .backend import Backend, select
 from .batch import Batch, objective_arguments, prepare, rollout_arguments
 from .config import LossConfig
 from .gradients import fp16_scale
+from .handover import apply, compilable, wanted
 from .metrics import summarize
 from .terms import evaluate, named_terms
 
@@ -73,6 +74,7 @@ def _check_inplace(logits: Tensor) -> None:
         reach += stride * (n - 1)
 
 
+@compilable
 def policy_loss(
     logits: Tensor,
     ids: Tensor,
@@ -116,7 +118,7 @@ def policy_loss(
     inputs.check_logits(logits)
     backend = select(logits.device)
     inputs.check_precision("logits", logits, backend.name)
-    needed = torch.is_grad_enabled() and logits.requires_grad
+    (needed,) = wanted(logits)
     if inplace and needed:
         _check_inplace(logits)
     shape = tuple(logits.shape[:-1])
@@ -156,4 +158,4 @@ def policy_loss(
         loss, metrics = summarize(terms, batch)
     if not needed:
         return loss, metrics
-    return Attach.apply(loss, (out.view(logits.shape),), scale, None, logits), metrics
+    return apply(Attach, loss, (out.view(logits.shape),), scale, None, logits), metrics

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import gemm, inputs
 from .backend import select
 from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
 from .gradients import HeadGradients, fp16_scale
+from .handover import apply, compilable, once
 from .inputs import Rows
 from .parallel import place
 
@@ -141,7 +141,7 @@ class _LinearLogProb(torch.autograd.Function):
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, dlogp, dentropy, dlse):
         *tensors, ids, stats, u = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:
@@ -190,6 +190,7 @@ def _select(upstream, mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None
     return (zero if dlogp is None else dlogp, *others)
 
 
+@compilable
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -263,7 +264,7 @@ def linear_logprob(
     flat = hidden.reshape(-1, hidden.shape[-1])
     head = (flat, weight, bias, *lora[:2])
     with placed.saved():
-        logp, ent, lse = _LinearLogProb.apply(*head, rows.ids, rows, options)
+        logp, ent, lse = apply(_LinearLogProb, *head, rows.ids, rows, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))
 
 
@@ -281,7 +282,7 @@ class _LogProb(torch.autograd.Function):
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, dlogp, dentropy, dlse):
         logits, ids, active, stats = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:
@@ -303,6 +304,7 @@ class _LogProb(torch.autograd.Function):
         return out, None, None, None
 
 
+@compilable
 def logprob(
     logits: Tensor,
     ids: Tensor,
@@ -339,5 +341,5 @@ def logprob(
     cube = logits if logits.dim() == 3 else logits[None]
     active = None if mask is None else rows.mask
     options = {"inv_temperature": 1.0 / temperature if inverse is None else inverse}
-    logp, ent, lse = _LogProb.apply(cube, rows.ids, active, options)
+    logp, ent, lse = apply(_LogProb, cube, rows.ids, active, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))

@@ -14,6 +14,7 @@ from .backend import select
 from .batch import Batch, prepare
 from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
 from .config import LossConfig
+from .handover import apply, compilable, wanted
 from .logprob import head_stats
 from .metrics import summarize
 from .parallel import Placement, place
@@ -48,6 +49,7 @@ def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
     )
 
 
+@compilable
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -172,8 +174,7 @@ def linear_policy_loss(
         has_ref=ref_hidden is not None,
     )
     tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_A, lora_B)
-    wanted = torch.is_grad_enabled()
-    needs = Needs(*(wanted and t is not None and t.requires_grad for t in tensors))
+    needs = Needs(*wanted(*tensors))
     options = {
         "backend": backend,
         "workspace_bytes": workspace_bytes,
@@ -208,7 +209,7 @@ def linear_policy_loss(
             scale, only = torch.full_like(loss, grad_scale), float(grad_scale)
     if not any(needs):
         return loss, metrics
-    return Attach.apply(loss, gradients, scale, only, *tensors), metrics
+    return apply(Attach, loss, gradients, scale, only, *tensors), metrics
 
 
 def _check_main_grad(
