@@ -143,10 +143,11 @@ def linear_policy_loss(
     """
     config = LossConfig() if config is None else config
     given = {"ids": ids, "mask": mask, "advantages": advantages}
-    placed = place(hidden, weight, bias, tp_group, workspace_bytes, **given)
+    where = (tp_group, workspace_bytes)
+    placed = place(hidden, weight, bias, *where, **given)
     weight, bias = placed.weight, placed.bias
     if isinstance(ref_weight, Tensor):
-        ref_weight = place(ref_hidden, ref_weight, None, tp_group, workspace_bytes).weight
+        ref_weight = place(ref_hidden, ref_weight, None, *where).weight
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
     lora_A, lora_B, lora_scale = inputs.check_lora(lora, hidden, weight)
     inputs.check_reference(ref_logp, ref_hidden, ref_weight, hidden, weight)
@@ -180,21 +181,18 @@ def linear_policy_loss(
         "workspace_bytes": workspace_bytes,
         "softcap": softcap,
         "logit_scale": float(logit_scale),
-        "temperature": float(config.temperature),
         "autocast_dtype": autocast_dtype(hidden),
-        "inv_temperature": batch.inv_temperature,
-        "mask": batch.rows.mask if batch.rows.fixed else None,
         "shard": placed.shard,
+        **_options_of(batch),
     }
     with torch.no_grad(), no_autocast(hidden.device):
         adapter = None if lora is None else Lora(lora_A, lora_B, lora_scale)
         head = LinearHead(*tensors[:3], lora=adapter, **options)
         if ref_hidden is not None:
+            ref = (ref_hidden, weight if ref_weight is None else ref_weight, bias)
             # a stand-in where only the plan is wanted
-            ref = batch.weights
-            if not explain:
-                ref = _reference(ref_hidden, ref_weight, weight, bias, batch, options)
-            batch = replace(batch, ref_logp=ref)
+            logp = batch.weights if explain else _reference(*ref, batch, options)
+            batch = replace(batch, ref_logp=logp)
         plan = choose(facts_of(head, batch, needs))
         if explain:
             return plan
@@ -202,14 +200,28 @@ def linear_policy_loss(
             batch = replace(batch, weights=batch.weights * grad_scale)
         terms, gradients = routes.run(plan.route, head, batch, needs, main_grad)
         loss, metrics = summarize(terms, batch)
-        scale = only = None
-        if main_grad is not None:
-            loss = loss / grad_scale
-            metrics["loss"] = loss.clone()
-            scale, only = torch.full_like(loss, grad_scale), float(grad_scale)
-    if not any(needs):
-        return loss, metrics
-    return apply(Attach, loss, gradients, scale, only, *tensors), metrics
+    done = (loss, gradients, None, None)
+    if main_grad is not None:
+        done = _unscaled(loss, metrics, gradients, grad_scale)
+    return (apply(Attach, *done, *tensors) if any(needs) else done[0]), metrics
+
+
+def _options_of(batch: Batch) -> dict[str, object]:
+    """What a `LinearHead` has to know of the batch."""
+    return {
+        "temperature": float(batch.config.temperature),
+        "inv_temperature": batch.inv_temperature,
+        "mask": batch.rows.mask if batch.rows.fixed else None,
+    }
+
+
+def _unscaled(
+    loss: Tensor, metrics: dict[str, Tensor], gradients: routes.Gradients, grad_scale: float
+) -> tuple[Tensor, routes.Gradients, Tensor, float]:
+    """The arguments of `Attach` for a loss and gradients that have grad_scale in them."""
+    loss = loss / grad_scale
+    metrics["loss"] = loss.clone()
+    return loss, gradients, torch.full_like(loss, grad_scale), float(grad_scale)
 
 
 def _check_main_grad(
@@ -234,16 +246,11 @@ def _check_main_grad(
 
 
 def _reference(
-    ref_hidden: Tensor,
-    ref_weight: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    batch: Batch,
-    options: dict,
+    ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None, batch: Batch, options: dict
 ) -> Tensor:
     """Log-probs (N,) of the reference, by the same operations as those of the policy: with equal
     weights the KL is exactly 0."""
     flat = ref_hidden.reshape(-1, ref_hidden.shape[-1])
-    head = LinearHead(flat, weight if ref_weight is None else ref_weight, bias, **options)
+    head = LinearHead(flat, ref_weight, bias, **options)
     rows = batch.rows
     return head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)[0]

@@ -37,8 +37,8 @@ def _rollouts() -> dict[str, Correction]:
     for level in ("token", "sequence", "geometric"):
         for mode in ("truncate", "mask"):
             name = f"{level}_{mode}"
-            high = {"token": 1.15, "sequence": 1.15, "geometric": 1.02}[level]
-            for low, high in ((None, high), (0.96, high), (0.97, None), (None, None)):
+            top = {"token": 1.15, "sequence": 1.15, "geometric": 1.02}[level]
+            for low, high in ((None, top), (0.96, top), (0.97, None), (None, None)):
                 bounds = {"rollout_ratio_min": low, "rollout_ratio_max": high}
                 options = {"rollout_correction": name, **bounds}
                 given = {(True, True): "both", (True, False): "low", (False, True): "high"}
