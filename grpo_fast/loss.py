@@ -142,9 +142,8 @@ def linear_policy_loss(
         RuntimeError: on a second backward through one loss.
     """
     config = LossConfig() if config is None else config
-    given = {"ids": ids, "mask": mask, "advantages": advantages}
     where = (tp_group, workspace_bytes)
-    placed = place(hidden, weight, bias, *where, **given)
+    placed = place(hidden, weight, bias, *where, ids=ids, mask=mask, advantages=advantages)
     weight, bias = placed.weight, placed.bias
     if isinstance(ref_weight, Tensor):
         ref_weight = place(ref_hidden, ref_weight, None, *where).weight
@@ -153,10 +152,9 @@ def linear_policy_loss(
     inputs.check_reference(ref_logp, ref_hidden, ref_weight, hidden, weight)
     backend = placed.rows(select(hidden.device))
     inputs.check_precision("hidden", hidden, backend.name)
-    shape = tuple(hidden.shape[:-1])
     _check_main_grad(main_grad, grad_scale, weight, placed)
     batch = prepare(
-        shape,
+        tuple(hidden.shape[:-1]),
         placed.V,
         hidden.device,
         ids=ids,
@@ -183,15 +181,15 @@ def linear_policy_loss(
         "logit_scale": float(logit_scale),
         "autocast_dtype": autocast_dtype(hidden),
         "shard": placed.shard,
+        "lora": None if lora is None else Lora(lora_A, lora_B, lora_scale),
         **_options_of(batch),
     }
     with torch.no_grad(), no_autocast(hidden.device):
-        adapter = None if lora is None else Lora(lora_A, lora_B, lora_scale)
-        head = LinearHead(*tensors[:3], lora=adapter, **options)
+        head = LinearHead(*tensors[:3], **options)
         if ref_hidden is not None:
             ref = (ref_hidden, weight if ref_weight is None else ref_weight, bias)
             # a stand-in where only the plan is wanted
-            logp = batch.weights if explain else _reference(*ref, batch, options)
+            logp = batch.weights if explain else _reference(*ref, batch, {**options, "lora": None})
             batch = replace(batch, ref_logp=logp)
         plan = choose(facts_of(head, batch, needs))
         if explain:
