@@ -198,9 +198,7 @@ def linear_policy_loss(
             batch = replace(batch, weights=batch.weights * grad_scale)
         terms, gradients = routes.run(plan.route, head, batch, needs, main_grad)
         loss, metrics = summarize(terms, batch)
-    done = (loss, gradients, None, None)
-    if main_grad is not None:
-        done = _unscaled(loss, metrics, gradients, grad_scale)
+    done = _unscaled(loss, metrics, gradients, None if main_grad is None else grad_scale)
     return (apply(Attach, *done, *tensors) if any(needs) else done[0]), metrics
 
 
@@ -214,9 +212,11 @@ def _options_of(batch: Batch) -> dict[str, object]:
 
 
 def _unscaled(
-    loss: Tensor, metrics: dict[str, Tensor], gradients: routes.Gradients, grad_scale: float
-) -> tuple[Tensor, routes.Gradients, Tensor, float]:
-    """The arguments of `Attach` for a loss and gradients that have grad_scale in them."""
+    loss: Tensor, metrics: dict[str, Tensor], gradients: routes.Gradients, grad_scale: float | None
+) -> tuple[Tensor, routes.Gradients, Tensor | None, float | None]:
+    """The arguments of `Attach`, for a loss and gradients that may have grad_scale in them."""
+    if grad_scale is None:
+        return loss, gradients, None, None
     loss = loss / grad_scale
     metrics["loss"] = loss.clone()
     return loss, gradients, torch.full_like(loss, grad_scale), float(grad_scale)
