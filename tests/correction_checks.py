@@ -4,7 +4,7 @@ float64 autograd of `reference.py`. `test_corrections.py` runs it on torch."""
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from checks import BOUND
@@ -12,8 +12,10 @@ from loss_cases import Case, make_case, preset_config, relative
 
 from grpo_fast import LossConfig, linear_policy_loss, policy_loss, reference
 
-# sequences of A < 0 that drifted and that did not, one of one token, one of none
+# one of one token, one of none
 LENGTHS = (9, 1, 0, 6, 5, 7)
+# of advantages, in place of theirs: the fifth, of a sequence that drifted, becomes negative
+SIGNS = (1.0, 1.0, 1.0, 1.0, -1.0, -1.0)
 # longer sweeps, minutes of them
 FULL = os.environ.get("GRPO_FAST_TEST_FULL") == "1"
 
@@ -37,8 +39,8 @@ def _rollouts() -> dict[str, Correction]:
     for level in ("token", "sequence", "geometric"):
         for mode in ("truncate", "mask"):
             name = f"{level}_{mode}"
-            top = {"token": 1.15, "sequence": 1.15, "geometric": 1.02}[level]
-            for low, high in ((None, top), (0.96, top), (0.97, None), (None, None)):
+            most = {"token": 1.15, "sequence": 1.15, "geometric": 1.02}[level]
+            for low, high in ((None, most), (0.96, most), (0.97, None), (None, None)):
                 bounds = {"rollout_ratio_min": low, "rollout_ratio_max": high}
                 options = {"rollout_correction": name, **bounds}
                 given = {(True, True): "both", (True, False): "low", (False, True): "high"}
@@ -94,6 +96,12 @@ class Extras:
     temperature: dict[str | None, torch.Tensor | None]
     advantages: torch.Tensor
     """(B, T), of both signs in one sequence, and 0."""
+
+
+def correction_case(dtype: torch.dtype = torch.float32) -> Case:
+    """Sequences of A < 0 that drifted and that did not."""
+    case = make_case(lengths=LENGTHS, dtype=dtype)
+    return replace(case, advantages=case.advantages * case.advantages.new_tensor(SIGNS))
 
 
 def make_extras(case: Case) -> Extras:
@@ -175,7 +183,7 @@ def check_corrections(
     loss_type: str, name: str, *, old: bool, ref: bool = False, per_token: bool = False
 ) -> None:
     """Loss, dhidden, dweight and dlogits of both losses, padded and packed, with a correction."""
-    case = make_case(lengths=LENGTHS)
+    case = correction_case()
     correction, extras = CORRECTIONS[name], make_extras(case)
     config = correction.config(loss_type)
     ref = ref or config.beta > 0

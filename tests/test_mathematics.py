@@ -6,7 +6,14 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from correction_checks import CORRECTIONS, LENGTHS, Correction, arguments, expected, make_extras
+from correction_checks import (
+    CORRECTIONS,
+    Correction,
+    arguments,
+    correction_case,
+    expected,
+    make_extras,
+)
 from loss_cases import configurations, make_case, relative
 
 from grpo_fast import (
@@ -147,7 +154,7 @@ def check_oracle(case, correction, config, old, ref, per_token=False, slopes=Fal
 
 @pytest.mark.parametrize("config, use_old, use_ref", configurations())
 def test_reference_equals_the_oracle(config, use_old, use_ref):
-    case = make_case(lengths=LENGTHS, dtype=torch.float64)
+    case = correction_case(torch.float64)
     check_oracle(case, Correction(), config, use_old, use_ref, slopes=True)
     check_oracle(case, Correction(), config, use_old, use_ref, per_token=True)
 
@@ -155,7 +162,7 @@ def test_reference_equals_the_oracle(config, use_old, use_ref):
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize("loss_type", PRESETS)
 def test_reference_equals_the_oracle_with_corrections(loss_type, old):
-    case = make_case(lengths=LENGTHS, dtype=torch.float64)
+    case = correction_case(torch.float64)
     for name, correction in CORRECTIONS.items():
         config = correction.config(loss_type)
         check_oracle(
@@ -184,7 +191,7 @@ def test_torch_backend_in_float64_equals_reference_with_corrections(loss_type, o
 
 def check_float64(correction, config, old, ref) -> None:
     """Loss and gradients of `linear_policy_loss`, of inputs that are all float64."""
-    case = make_case(lengths=LENGTHS, dtype=torch.float64)
+    case = correction_case(torch.float64)
     extras = make_extras(case)
     wide = {
         k: None if v is None else v.double()
