@@ -159,7 +159,7 @@ def prepare(
         "rollout_gap": None,
         "inv_temperature": None
         if temperature is None
-        else inputs.check_temperature(temperature, shape, flat)[1],
+        else _temperatures(temperature, shape, flat),
     }
     token_advantages = torch.where(flat, token_advantages, torch.zeros_like(token_advantages))
     if fields["old_logp"] is not None and fields["rollout_logp"] is not None:
@@ -184,6 +184,14 @@ def prepare(
         config=config,
         **fields,
     )
+
+
+def _temperatures(temperature: Tensor, shape: tuple[int, ...], mask: Tensor) -> Tensor:
+    """1 / temperature (N,); the one number for all is the configuration's."""
+    if not isinstance(temperature, Tensor):
+        expected = f"a tensor {shape[:1]} or {shape} (one number goes into config.temperature)"
+        inputs.fail("temperature", expected, inputs.describe(temperature))
+    return inputs.check_temperature(temperature, shape, mask)[1]
 
 
 def _check_options(
@@ -243,7 +251,7 @@ def _threshold(
         inputs.fail("entropy_threshold", "None without top_entropy_quantile < 1", value)
     if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
         return value.detach().to(device).reshape(())
-    if not inputs.is_number(value):
+    if not inputs.is_number(value) or value != value:
         inputs.fail("entropy_threshold", "None or one number (nats)", inputs.describe(value))
     return torch.full((), float(value), device=device)
 

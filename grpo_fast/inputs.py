@@ -16,10 +16,14 @@ def fail(name: str, expected: str, got: object) -> None:
 
 
 def describe(value: object) -> str:
-    """dtype, shape and device of a tensor, or the type of something else."""
+    """dtype, shape and device of a tensor, or the type of something else and how it begins."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) for x in value):
+        inside = ", ".join(describe(x) for x in value[:4])
+        return f"{type(value).__name__} of {len(value)}: {inside}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
 
 
 def check_tensor(
@@ -38,6 +42,8 @@ def check_head(
     """hidden (..., H), weight (V, H), bias (V,) of one dtype and device; finite head transforms."""
     if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3) or hidden.dtype not in FLOATS:
         fail("hidden", "floating-point tensor (N, H) or (B, T, H)", describe(hidden))
+    if hidden.is_meta:
+        fail("hidden", "a tensor that holds numbers", describe(hidden))
     if not isinstance(weight, Tensor) or weight.dim() != 2 or 0 in weight.shape:
         fail("weight", "tensor (V, H)", describe(weight))
     check_tensor("weight", weight, (weight.shape[0], hidden.shape[-1]), hidden.device)
@@ -134,6 +140,8 @@ def check_logits(logits: Tensor) -> None:
     """(N, V) or (B, T, V) floating point with stride 1 over V."""
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.dtype not in FLOATS:
         fail("logits", "floating-point tensor (N, V) or (B, T, V)", describe(logits))
+    if logits.is_meta:
+        fail("logits", "a tensor that holds numbers", describe(logits))
     if logits.shape[-1] == 0:
         fail("logits", "V >= 1", describe(logits))
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
@@ -271,6 +279,8 @@ def check_cu_seqlens(
     integer = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1
     if not integer or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
         fail("cu_seqlens", "integer tensor (S+1,)", describe(cu_seqlens))
+    if cu_seqlens.is_meta:
+        fail("cu_seqlens", f"a tensor on the host or on {device}", describe(cu_seqlens))
     if on_device and cu_seqlens.device.type != "cpu":
         return
     # boundaries are made on the host in every trainer, so reading them costs no wait there
