@@ -201,12 +201,8 @@ class LinearHead:
     @property
     def columns_first(self) -> bool:
         """Backward by slices of the vocabulary: with so few rows in a chunk, reading and writing
-        dweight for each costs an accelerator more than the logits of an extra product.
-
-        The torch rows want the target of a row in the slice that they are given.
-        """
-        least = COLUMNS_FIRST.get(self.hidden.device.type, 0)
-        return self.backend.name == "triton" and self.chunk_rows < least
+        dweight for each costs an accelerator more than the logits of an extra product."""
+        return self.chunk_rows < COLUMNS_FIRST.get(self.hidden.device.type, 0)
 
     @property
     def narrow(self) -> torch.dtype | None:
