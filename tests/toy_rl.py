@@ -88,6 +88,8 @@ class Curves:
     loss: list[float] = field(default_factory=list)
     clipped: list[float] = field(default_factory=list)
     length: list[float] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
+    """A checksum of the tokens that were sampled."""
 
 
 @torch.no_grad()
@@ -166,6 +168,7 @@ def train(
         prompts, wanted = draw_prompts(generator)
         completions, mask = sample(model, prompts, generator)
         rewards = score(completions, mask, wanted)
+        checksum = (completions.flatten() * torch.arange(1, completions.numel() + 1)).sum().item()
         advantages = group_advantages(rewards.view(PROMPTS, GROUP)).view(-1)
         # position t predicts the token at t + 1
         ids = torch.cat((prompts, completions), 1)[:, :-1]
@@ -186,4 +189,5 @@ def train(
             curves.loss.append(value.item())
             curves.clipped.append(clipped.item())
             curves.length.append(mask.sum().item() / len(mask))
+            curves.drawn.append(checksum)
     return curves
