@@ -157,9 +157,7 @@ def prepare(
         "ref_logp": inputs.per_token("ref_logp", ref_logp, shape, flat),
         "rollout_logp": inputs.per_token("rollout_logp", rollout_logp, shape, flat, torch.nan),
         "rollout_gap": None,
-        "inv_temperature": None
-        if temperature is None
-        else _temperatures(temperature, shape, flat),
+        "inv_temperature": None if temperature is None else _temperatures(temperature, shape, flat),
     }
     token_advantages = torch.where(flat, token_advantages, torch.zeros_like(token_advantages))
     if fields["old_logp"] is not None and fields["rollout_logp"] is not None:

@@ -98,9 +98,9 @@ class Extras:
     """(B, T), of both signs in one sequence, and 0."""
 
 
-def correction_case(dtype: torch.dtype = torch.float32) -> Case:
+def correction_case(dtype: torch.dtype = torch.float32, lengths=LENGTHS) -> Case:
     """Sequences of A < 0 that drifted and that did not."""
-    case = make_case(lengths=LENGTHS, dtype=dtype)
+    case = make_case(lengths=lengths, dtype=dtype)
     return replace(case, advantages=case.advantages * case.advantages.new_tensor(SIGNS))
 
 
