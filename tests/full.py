@@ -37,6 +37,11 @@ class Sweep:
 
 
 SWEEPS: dict[str, Sweep] = {
+    "mutants": Sweep(
+        "Each of the errors of tests/mutants.py, made on purpose in a copy of the source, is "
+        "noticed by the tests of make test.",
+        ("tests/full_mutants.py", "--numbers", "{numbers}"),
+    ),
     "properties": Sweep(
         "2,000 random calls give the same loss, gradients and metrics on the torch backend and on "
         "the kernels in Triton's interpreter.",
