@@ -71,6 +71,9 @@ def token_weights(
     scheme = config.weights
     if denominator is None:
         denominator = mask.sum() if AGGREGATIONS[scheme] == "tokens" else bounds.numel() - 1
+    if isinstance(denominator, Tensor) and denominator.device.type == "cpu":
+        # a copy of it to an accelerator would wait
+        denominator = denominator.item()
     if not isinstance(denominator, Tensor):
         denominator = torch.full((), denominator, device=mask.device, dtype=dtype)
     total = denominator.to(mask.device, dtype).reshape(())

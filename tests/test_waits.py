@@ -9,7 +9,7 @@ from device import Device, OnDevice, kernels, to_device
 from loss_cases import make_case, preset_config, relative
 
 from grpo_fast import PRESETS, LossConfig, linear_logprob, linear_policy_loss, logprob, policy_loss
-from grpo_fast.chunks import FIXED_BYTES
+from grpo_fast.chunks import COLUMNS_FIRST, FIXED_BYTES
 from grpo_fast.reference import head_logits
 
 GIVEN = ("", "old", "old ref", "rollout", "old rollout ref")
@@ -95,6 +95,16 @@ def test_nothing_is_read_back_with_max_rows(loss_type, given):
     from_logits(case, config, given, 0, max_rows=CAPACITY)
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_nothing_is_read_back_where_backward_goes_through_the_vocabulary(loss_type, monkeypatch):
+    monkeypatch.setitem(COLUMNS_FIRST, "meta", 1024)
+    case = make_case(lengths=(9, 9, 9, 9))
+    config = preset_config(loss_type)
+    more = {"workspace_bytes": tight(case)}
+    linear(case, config, "old", [True, True], 0, max_rows=36, **more)
+    linear(case, config, "old", [True, True], 2, **more)
+
+
 MORE = [
     {"top_entropy_quantile": 0.5},
     {"entropy_coef": 0.1},
@@ -123,19 +133,12 @@ def test_a_call_waits_once_and_two_passes_twice(loss_type, given):
         for wanted in ([True, True], [True, False], [False, False]):
             options = {**options_of(case, given), "workspace_bytes": workspace}
             hidden, weight = case.hidden.clone(), case.weight.clone()
-            head = [t.requires_grad_(flag) for t, flag in zip((hidden, weight), wanted)]
+            head = (hidden.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1]))
             args = (*head, case.ids, case.advantages)
             plan = linear_policy_loss(*args, config=config, explain=True, **options)
             waits = 2 if plan.route == "two_passes" else 1
             linear(case, config, given, wanted, waits, workspace_bytes=workspace)
     from_logits(case, config, given, 1)
-
-
-def packed(case):
-    m = case.mask
-    cu = torch.cat((torch.zeros(1, dtype=torch.long), m.sum(1).cumsum(0)))
-    case = type(case)(case.hidden[m], case.weight, case.ids[m], m[m], case.advantages)
-    return case, cu
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "gspo"])
@@ -149,6 +152,37 @@ def test_boundaries_on_the_device_cost_no_wait(loss_type, max_rows):
     fixed = (case.ids[m], case.advantages)
     options["max_rows"] = None if max_rows is None else int(m.sum())
     both(linear_policy_loss, leaves, [True, True], fixed, options, int(max_rows is None))
+
+
+@pytest.mark.parametrize("cu", [[0, 4, 3, 9], [1, 4, 6, 9], [0, 4, 6, 8], [0, 40, 41, 9], [0]])
+def test_bad_boundaries_on_the_device_are_named_or_poison(cu):
+    case = make_case(lengths=(9,))
+    cu = torch.tensor(cu)
+    hidden, ids = to_device(case.hidden[0]), to_device(case.ids[0])
+    args = (hidden, to_device(case.weight), ids, to_device(torch.randn(9)))
+    given = {"config": LossConfig(loss_type="gspo"), "cu_seqlens": to_device(cu)}
+    with Device(), pytest.raises(ValueError, match="cu_seqlens: expected boundaries rising from 0"):
+        linear_policy_loss(*args, **given)
+    if cu.numel() > 1:
+        with Device() as device:
+            loss, _ = linear_policy_loss(*args, max_rows=9, **given)
+        assert loss.value.isnan() and device.waits == []
+
+
+def test_as_many_sequences_as_tokens_and_an_empty_one():
+    case = make_case(lengths=(3,))
+    hidden, ids = to_device(case.hidden[0]), to_device(case.ids[0])
+    args = (hidden, to_device(case.weight), ids, to_device(torch.randn(3)))
+    for cu, good in (([0, 1, 2, 3], True), ([0, 0, 2, 3], False)):
+        given = {"cu_seqlens": to_device(torch.tensor(cu))}
+        with Device() as device:
+            loss, _ = linear_policy_loss(*args, max_rows=3, **given)
+            assert loss.value.isfinite() == good and device.waits == []
+            if good:
+                linear_policy_loss(*args, **given)
+                continue
+            with pytest.raises(ValueError, match=r"advantages: expected \(N,\) or \(S,\), which"):
+                linear_policy_loss(*args, **given)
 
 
 def test_log_probs_wait_once_and_backward_once_more():
@@ -178,9 +212,9 @@ def test_numbers_on_the_host_cost_no_wait(value):
     with Device() as device:
         args = (hidden, weight, to_device(case.ids), to_device(case.advantages))
         linear_policy_loss(*args, config=config, denominator=value, **given, **more)
-        linear_policy_loss(*args, config=config, **given, **more | {
-            "entropy_threshold": torch.tensor(1.0)
-        })
+        linear_policy_loss(
+            *args, config=config, **given, **more | {"entropy_threshold": torch.tensor(1.0)}
+        )
     assert device.waits == []
 
 
