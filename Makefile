@@ -1,5 +1,6 @@
 # make demo   train a small language model with GRPO and watch its reward rise (no GPU needed)
 # make test   every test
+# make test-full   the sweeps that are too long for it; the last result is tests/results/full.md
 #
 # Both build .venv when it is missing. Overrides:
 #   PYTHON=python3.12          the Python that .venv is made from
@@ -32,7 +33,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -82,6 +83,10 @@ test-aot36: .triton36/.installed
 	@echo "== the same with Triton 3.6.0, the oldest supported"
 	PYTHONPATH=.triton36 $(RUN) tests/aot.py
 	PYTHONPATH=.triton36 $(PYTEST) tests/test_aot.py
+
+# Its result is committed. ARGS="--only curves" runs one sweep and keeps what the others found.
+test-full: $(ENVIRONMENT)
+	$(RUN) tests/full.py $(ARGS)
 
 test-gpu: $(ENVIRONMENT)
 	$(PYTEST) tests -m gpu --ignore-glob='*/test_triton_*.py' --ignore=tests/test_aot.py

@@ -133,7 +133,7 @@ def prepare(
     """
     if not isinstance(config, LossConfig):
         inputs.fail("config", "a LossConfig", inputs.describe(config))
-    inputs.check_cu_seqlens(cu_seqlens, shape)
+    inputs.check_cu_seqlens(cu_seqlens, shape, device)
     _check_options(config, skip_inactive_forward, max_rows, shape)
     by_sequence = needs_sequences(config, rollout_logp is not None)
     needs_bounds = by_sequence or config.weights == "sequence_mean"
@@ -157,9 +157,7 @@ def prepare(
         "ref_logp": inputs.per_token("ref_logp", ref_logp, shape, flat),
         "rollout_logp": inputs.per_token("rollout_logp", rollout_logp, shape, flat, torch.nan),
         "rollout_gap": None,
-        "inv_temperature": None
-        if temperature is None
-        else inputs.check_temperature(temperature, shape, flat)[1],
+        "inv_temperature": None if temperature is None else _temperatures(temperature, shape, flat),
     }
     token_advantages = torch.where(flat, token_advantages, torch.zeros_like(token_advantages))
     if fields["old_logp"] is not None and fields["rollout_logp"] is not None:
@@ -188,6 +186,14 @@ def prepare(
     )
 
 
+def _temperatures(temperature: Tensor, shape: tuple[int, ...], mask: Tensor) -> Tensor:
+    """1 / temperature (N,); the one number for all is the configuration's."""
+    if not isinstance(temperature, Tensor):
+        expected = f"a tensor {shape[:1]} or {shape} (one number goes into config.temperature)"
+        inputs.fail("temperature", expected, inputs.describe(temperature))
+    return inputs.check_temperature(temperature, shape, mask)[1]
+
+
 def _check_options(
     config: LossConfig, skip: bool, max_rows: int | None, shape: tuple[int, ...]
 ) -> None:
@@ -210,10 +216,13 @@ def _check_options(
 
 
 def _correct(config, advantages, fields, mask, bounds):
-    """Advantages with the rollout correction in them: old and rollout log-probs are both known."""
+    """Advantages with the rollout correction in them: old and rollout log-probs are both known.
+
+    Not where a token of factor 0 still has a side to be clipped on.
+    """
     gap = fields["old_logp"] - fields["rollout_logp"]
     fields = {**fields, "rollout_gap": gap}
-    if config.preset.objective != "vespo":
+    if config.preset.objective != "vespo" and config.level != "sequence_clipped":
         advantages = scaled(advantages, rollout_factor(config, gap, mask, bounds))
         if config.off_policy_mask_threshold is None:
             fields["rollout_logp"] = None
@@ -245,7 +254,7 @@ def _threshold(
             # a copy of it to an accelerator would wait
             return torch.full((), value.item(), dtype=value.dtype, device=device)
         return value.detach().to(device).reshape(())
-    if not inputs.is_number(value):
+    if not inputs.is_number(value) or value != value:
         inputs.fail("entropy_threshold", "None or one number (nats)", inputs.describe(value))
     return torch.full((), float(value), device=device)
 

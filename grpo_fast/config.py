@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -245,6 +245,7 @@ class LossConfig:
                 f"rollout_ratio_min must be at most rollout_ratio_max = {high:g}, got {low:g}."
             )
         self._check_delta()
+        self._check_owned()
         self._check_length()
         if self.loss_type == "cispo" and self.epsilon_high is None:
             warnings.warn(
@@ -286,6 +287,17 @@ class LossConfig:
             raise ValueError(f"delta: {self.loss_type} {bounded}, expected None, got a number.")
         least = self.ratio_high if self.preset.objective == "clip" else 0.0
         _check_number("delta", self.delta, least, above=True)
+
+    def _check_owned(self) -> None:
+        mine = OBJECTIVES[self.preset.objective].parameters
+        for f in fields(self):
+            owner = f.name.split("_")[0]
+            value = getattr(self, f.name)
+            if owner in ("sapo", "vespo") and f.name not in mine and value != f.default:
+                raise ValueError(
+                    f"{f.name}: only {owner} has it, {self.loss_type} expects {f.default}, "
+                    f"got {value!r}."
+                )
 
     def _check_length(self) -> None:
         length = self.max_completion_length

@@ -66,5 +66,7 @@ def on_policy_factor(
 def entropy_threshold(share: float, entropy: Tensor, mask: Tensor) -> Tensor:
     """0-d entropy (nats) above which the top share of the unmasked tokens lies, by linear
     interpolation; NaN with no token. Source: Beyond the 80/20 Rule (2025)."""
+    if entropy.numel() == 0:
+        return entropy.new_full((), torch.nan)
     counted = torch.where(mask, entropy, torch.full_like(entropy, torch.nan))
     return torch.nanquantile(counted, 1.0 - share)

@@ -16,10 +16,14 @@ def fail(name: str, expected: str, got: object) -> None:
 
 
 def describe(value: object) -> str:
-    """dtype, shape and device of a tensor, or the type of something else."""
+    """dtype, shape and device of a tensor, or the type of something else and how it begins."""
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) for x in value):
+        inside = ", ".join(describe(x) for x in value[:4])
+        return f"{type(value).__name__} of {len(value)}: {inside}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
 
 
 def check_tensor(
@@ -38,6 +42,8 @@ def check_head(
     """hidden (..., H), weight (V, H), bias (V,) of one dtype and device; finite head transforms."""
     if not isinstance(hidden, Tensor) or hidden.dim() not in (2, 3) or hidden.dtype not in FLOATS:
         fail("hidden", "floating-point tensor (N, H) or (B, T, H)", describe(hidden))
+    if hidden.is_meta:
+        fail("hidden", "a tensor that holds numbers", describe(hidden))
     if not isinstance(weight, Tensor) or weight.dim() != 2 or 0 in weight.shape:
         fail("weight", "tensor (V, H)", describe(weight))
     check_tensor("weight", weight, (weight.shape[0], hidden.shape[-1]), hidden.device)
@@ -134,6 +140,8 @@ def check_logits(logits: Tensor) -> None:
     """(N, V) or (B, T, V) floating point with stride 1 over V."""
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.dtype not in FLOATS:
         fail("logits", "floating-point tensor (N, V) or (B, T, V)", describe(logits))
+    if logits.is_meta:
+        fail("logits", "a tensor that holds numbers", describe(logits))
     if logits.shape[-1] == 0:
         fail("logits", "V >= 1", describe(logits))
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
@@ -231,7 +239,7 @@ def flatten(
         poisoned = (mask.sum() > max_rows) | (ids < 0).any() | (ids >= V).any()
         if valid is not None:
             poisoned = poisoned | ~valid
-        room = (max_rows,) * 3
+        room = (min(max_rows, ids.numel()),) * 3
         return Rows(ids.clamp(0, V - 1), mask, order, *room, poisoned=poisoned)
     order = torch.argsort(2 - kept.to(torch.int8) - useful.to(torch.int8), stable=True)
     if ids.numel() == 0:
@@ -268,7 +276,9 @@ def per_token(
     return torch.where(mask, flat, torch.full_like(flat, fill))
 
 
-def check_cu_seqlens(cu_seqlens: Tensor | None, shape: tuple[int, ...]) -> None:
+def check_cu_seqlens(
+    cu_seqlens: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> None:
     """(S+1,) integers from 0 to N that never fall, and only for packed (N,) batches.
 
     The values only where they are on the host; elsewhere `boundaries_on` sees to them.
@@ -280,6 +290,8 @@ def check_cu_seqlens(cu_seqlens: Tensor | None, shape: tuple[int, ...]) -> None:
     integer = isinstance(cu_seqlens, Tensor) and cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1
     if not integer or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
         fail("cu_seqlens", "integer tensor (S+1,)", describe(cu_seqlens))
+    if cu_seqlens.is_meta:
+        fail("cu_seqlens", f"a tensor on the host or on {device}", describe(cu_seqlens))
     if cu_seqlens.device.type == "cpu":
         _check_boundaries(cu_seqlens.tolist(), shape[0])
     elif cu_seqlens.numel() == 1 and shape[0]:

@@ -31,7 +31,8 @@ def lift(
         sequence          mean(l)                                            (GSPO, 2025)
         sequence_token    stop_gradient(mean(l) - l_t) + l_t                 (GSPO-token, 2025)
         sequence_product  sum(l)                                             (RLOO, 2024)
-        sequence_clipped  mean(where(A > 0, min(l, high), max(l, -low)))     (GMPO, 2025)
+        sequence_clipped  mean(min(l, high) where A > 0, max(l, -low) where A < 0, else l)
+                                                                             (GMPO, 2025)
 
     Args:
         log_ratio: (N,) l, 0 where masked; mask: (N,) bool.

@@ -65,6 +65,8 @@ def _check_inplace(logits: Tensor) -> None:
     """A gradient may be written over logits that are no leaf and whose rows do not overlap."""
     if logits.is_leaf:
         inputs.fail("logits", "a non-leaf tensor with inplace=True", "a leaf that requires grad")
+    if logits.numel() == 0:
+        return
     reach = logits.shape[-1]
     pairs = zip(logits.stride()[:-1], logits.shape[:-1], strict=True)
     for stride, n in sorted(pair for pair in pairs if pair[1] > 1):

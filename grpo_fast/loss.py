@@ -143,18 +143,19 @@ def linear_policy_loss(
         RuntimeError: on a second backward through one loss.
     """
     config = LossConfig() if config is None else config
-    given = {"ids": ids, "mask": mask, "advantages": advantages}
-    placed = place(hidden, weight, bias, tp_group, workspace_bytes, **given)
+    where = (tp_group, workspace_bytes)
+    placed = place(hidden, weight, bias, *where, ids=ids, mask=mask, advantages=advantages)
     weight, bias = placed.weight, placed.bias
+    if isinstance(ref_weight, Tensor):
+        ref_weight = place(ref_hidden, ref_weight, None, *where).weight
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
     lora_A, lora_B, lora_scale = inputs.check_lora(lora, hidden, weight)
     inputs.check_reference(ref_logp, ref_hidden, ref_weight, hidden, weight)
     backend = placed.rows(select(hidden.device))
     inputs.check_precision("hidden", hidden, backend.name)
-    shape = tuple(hidden.shape[:-1])
     _check_main_grad(main_grad, grad_scale, weight, placed)
     batch = prepare(
-        shape,
+        tuple(hidden.shape[:-1]),
         placed.V,
         hidden.device,
         ids=ids,
@@ -179,21 +180,18 @@ def linear_policy_loss(
         "workspace_bytes": workspace_bytes,
         "softcap": softcap,
         "logit_scale": float(logit_scale),
-        "temperature": float(config.temperature),
         "autocast_dtype": autocast_dtype(hidden),
-        "inv_temperature": batch.inv_temperature,
-        "mask": batch.rows.mask if batch.rows.fixed else None,
         "shard": placed.shard,
+        "lora": None if lora is None else Lora(lora_A, lora_B, lora_scale),
+        **_options_of(batch),
     }
     with torch.no_grad(), no_autocast(hidden.device):
-        adapter = None if lora is None else Lora(lora_A, lora_B, lora_scale)
-        head = LinearHead(*tensors[:3], lora=adapter, **options)
+        head = LinearHead(*tensors[:3], **options)
         if ref_hidden is not None:
+            ref = (ref_hidden, weight if ref_weight is None else ref_weight, bias)
             # a stand-in where only the plan is wanted
-            ref = batch.weights
-            if not explain:
-                ref = _reference(ref_hidden, ref_weight, weight, bias, batch, options)
-            batch = replace(batch, ref_logp=ref)
+            logp = batch.weights if explain else _reference(*ref, batch, {**options, "lora": None})
+            batch = replace(batch, ref_logp=logp)
         plan = choose(facts_of(head, batch, needs))
         if explain:
             return plan
@@ -201,14 +199,28 @@ def linear_policy_loss(
             batch = replace(batch, weights=batch.weights * grad_scale)
         terms, gradients = routes.run(plan.route, head, batch, needs, main_grad)
         loss, metrics = summarize(terms, batch)
-        scale = only = None
-        if main_grad is not None:
-            loss = loss / grad_scale
-            metrics["loss"] = loss.clone()
-            scale, only = torch.full_like(loss, grad_scale), float(grad_scale)
-    if not any(needs):
-        return loss, metrics
-    return apply(Attach, loss, gradients, scale, only, *tensors), metrics
+    done = _unscaled(loss, metrics, gradients, None if main_grad is None else grad_scale)
+    return (apply(Attach, *done, *tensors) if any(needs) else done[0]), metrics
+
+
+def _options_of(batch: Batch) -> dict[str, object]:
+    """What a `LinearHead` has to know of the batch."""
+    return {
+        "temperature": float(batch.config.temperature),
+        "inv_temperature": batch.inv_temperature,
+        "mask": batch.rows.mask if batch.rows.fixed else None,
+    }
+
+
+def _unscaled(
+    loss: Tensor, metrics: dict[str, Tensor], gradients: routes.Gradients, grad_scale: float | None
+) -> tuple[Tensor, routes.Gradients, Tensor | None, float | None]:
+    """The arguments of `Attach`, for a loss and gradients that may have grad_scale in them."""
+    if grad_scale is None:
+        return loss, gradients, None, None
+    loss = loss / grad_scale
+    metrics["loss"] = loss.clone()
+    return loss, gradients, torch.full_like(loss, grad_scale), float(grad_scale)
 
 
 def _check_main_grad(
@@ -233,16 +245,11 @@ def _check_main_grad(
 
 
 def _reference(
-    ref_hidden: Tensor,
-    ref_weight: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    batch: Batch,
-    options: dict,
+    ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None, batch: Batch, options: dict
 ) -> Tensor:
     """Log-probs (N,) of the reference, by the same operations as those of the policy: with equal
     weights the KL is exactly 0."""
     flat = ref_hidden.reshape(-1, ref_hidden.shape[-1])
-    head = LinearHead(flat, weight if ref_weight is None else ref_weight, bias, **options)
+    head = LinearHead(flat, ref_weight, bias, **options)
     rows = batch.rows
     return head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)[0]

@@ -46,7 +46,8 @@ def summarize(terms: Terms, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     mask = torch.ones_like(terms.loss, dtype=torch.bool) if terms.mask is None else terms.mask
     # a fixed capacity leaves the count on the device
     n = mask.sum().clamp(min=1) if rows.fixed else max(rows.n_unmasked, 1)
-    n_tokens = mask.sum() if rows.fixed else torch.full((), rows.n_tokens, device=device)
+    # all of them, also those that a fixed capacity has no room for
+    n_tokens = rows.mask.sum() if rows.fixed else torch.full((), rows.n_tokens, device=device)
 
     def mean(values: Tensor) -> Tensor:
         return torch.where(mask, values, torch.zeros_like(values)).sum() / n
@@ -56,7 +57,9 @@ def summarize(terms: Terms, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             return torch.ones((), device=device, dtype=dtype)
         fill = torch.full_like(values, -torch.inf if high else torch.inf)
         kept = torch.where(mask, values, fill)
-        return kept.amax() if high else kept.amin()
+        found = kept.amax() if high else kept.amin()
+        # whether a fixed capacity has a token is known on the device alone
+        return torch.where(mask.any(), found, torch.ones_like(found)) if rows.fixed else found
 
     bounds = batch.config.ratio_bounds
     low = ((terms.ratio < bounds[0]) & (terms.advantage < 0)).to(dtype)

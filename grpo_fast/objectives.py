@@ -59,7 +59,9 @@ def sapo(ratio, logp, advantage, tau_pos, tau_neg, _a, _b):
 
     Source: Soft Adaptive Policy Optimization (2025).
     """
-    tau = m.where(advantage > 0.0, tau_pos, tau_neg)
+    # torch.where of two Python numbers is fp32, whatever the rest is
+    zero = ratio * 0.0
+    tau = m.where(advantage > 0.0, tau_pos + zero, tau_neg + zero)
     gate = m.sigmoid(tau * (ratio - 1.0))
     return -4.0 / tau * gate * advantage, -4.0 * gate * (1.0 - gate) * ratio * advantage
 
@@ -82,8 +84,9 @@ def vespo(ratio, logp, advantage, k_pos, scale_pos, k_neg, scale_neg):
     Source: VESPO: Variational Sequence-Level Soft Policy Optimization (2026).
     """
     w = m.where(ratio < 1e-8, 1e-8, ratio)
-    k = m.where(advantage < 0.0, k_neg, k_pos)
-    scale = m.where(advantage < 0.0, scale_neg, scale_pos)
+    zero = w * 0.0
+    k = m.where(advantage < 0.0, k_neg + zero, k_pos + zero)
+    scale = m.where(advantage < 0.0, scale_neg + zero, scale_pos + zero)
     slope = -m.exp(scale + k * m.log(w) - scale * w) * advantage
     return slope * logp, slope
 
@@ -114,7 +117,7 @@ def dppo_kl(ratio, logp, advantage, low, high, cap, _):
     other = m.log((one_minus_exp(old) + 1e-8) / (one_minus_exp(logp) + 1e-8))
     divergence = (1.0 - p_old) * other + p_old * (old - logp)
     away = m.where(advantage > 0.0, logp - old, old - logp) > 0.0
-    stopped = away & (divergence > m.where(advantage > 0.0, high, low))
+    stopped = away & (m.where(advantage > 0.0, divergence - high, divergence - low) > 0.0)
     slope = m.where(stopped, 0.0, -m.where(ratio > cap, cap, ratio) * advantage)
     return slope * logp, slope
 

@@ -16,7 +16,7 @@ pass only, and the second is that much shorter. With max_rows nothing is waited 
 without a derivative are zeros in the products. Boundaries on the host or the device, numbers on
 the host and backward add nothing; a vocabulary over several ranks adds the comparison of their
 arguments. The row functions of `torch_backend`, for accelerators without our kernels, look at the
-mask of each block of logits that comes with one: from logits, they wait there too.
+mask of each block of logits that comes with one: with max_rows or from logits, they wait there.
 """
 
 from __future__ import annotations

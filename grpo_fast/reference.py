@@ -126,8 +126,8 @@ def _objective(config, logp, old, advantages, mask, rollout_logp) -> tuple[Tenso
     elif config.level == "sequence_product":
         gap = gap.sum(1, keepdim=True)
     elif config.level == "sequence_clipped":
-        side = torch.sign(advantages)
-        gap = side * torch.minimum(side * gap, side * gap.clamp(-low, high))
+        above = torch.where(advantages > 0, gap.clamp(max=high), gap)
+        gap = torch.where(advantages < 0, gap.clamp(min=-low), above)
         gap = gap.sum(1, keepdim=True) / lengths
     ratio = gap.clamp(-20.0, 20.0).exp().expand_as(logp)
     objective = config.preset.objective
@@ -155,8 +155,13 @@ def _objective(config, logp, old, advantages, mask, rollout_logp) -> tuple[Tenso
 def _vespo(config: LossConfig, w: Tensor, advantages: Tensor) -> Tensor:
     """phi (B, T) of VESPO."""
     negative = advantages < 0
-    k = torch.where(negative, config.vespo_k_neg, config.vespo_k_pos)
-    decay = torch.where(negative, config.vespo_lambda_neg, config.vespo_lambda_pos)
+    k, decay = (
+        torch.where(negative, torch.full_like(w, below), torch.full_like(w, above))
+        for below, above in (
+            (config.vespo_k_neg, config.vespo_k_pos),
+            (config.vespo_lambda_neg, config.vespo_lambda_pos),
+        )
+    )
     return torch.exp(decay + k * w.log() - decay * w)
 
 
@@ -169,8 +174,8 @@ def _within(config: LossConfig, logp: Tensor, old: Tensor, advantages: Tensor) -
     else:
         other = torch.log((1e-8 - torch.expm1(old)) / (1e-8 - torch.expm1(logp)))
         kl = q * (old - logp) + (1 - q) * other
-        bound = torch.where(positive, config.upper_epsilon, config.epsilon)
-        inside = (kl <= bound) | torch.where(positive, p <= q, p >= q)
+        within = torch.where(positive, kl <= config.upper_epsilon, kl <= config.epsilon)
+        inside = within | torch.where(positive, p <= q, p >= q)
     return inside.to(logp)
 
 

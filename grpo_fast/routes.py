@@ -71,6 +71,8 @@ def one_pass(
     fields = batch.listed(index, head.dtype)
     rollout = fields.pop("rollout_logp")
     ids = rows.ids if index is None else rows.ids[index]
+    # room that is left holds zeros, whose token may be a banned one: 0 * -inf
+    mask = rows.mask[index] if rows.fixed else None
     # (4, n) terms plus dlogp and ratio; see kernels/policy.py
     terms = torch.empty(6, rows.n_unmasked, dtype=head.dtype, device=ids.device)
     n_gradient = rows.n_gradient if any(needs) else 0
@@ -96,6 +98,7 @@ def one_pass(
                 out,
                 old_logp=mine["old_logp"],
                 ref_logp=mine["ref_logp"],
+                active=None if mask is None else mask[part],
                 **options,
                 **rollout_arguments(batch, gap),
                 **chunk.transform,
@@ -106,7 +109,6 @@ def one_pass(
 
     visit(0, n_gradient, True)
     visit(n_gradient, rows.n_unmasked, False)
-    mask = rows.mask[index] if rows.fixed else None
     return named_terms(terms, batch, index, mask), grads.finish()
 
 

@@ -44,7 +44,9 @@ def named_terms(terms: Tensor, batch: Batch, index: Tensor | None, mask: Tensor 
         gap = gap[index]
     elif gap is None and fields["rollout_logp"] is not None:
         gap = terms[1] - fields["rollout_logp"]
-    return Terms(*terms, log_ratio, fields["advantages"], mask, None, gap)
+    coef = batch.config.entropy_coef
+    dentropy = -coef * fields["weights"] if coef > 0 else None
+    return Terms(*terms, log_ratio, fields["advantages"], mask, dentropy, gap)
 
 
 def evaluate(batch: Batch, stats: Tensor) -> Terms:
@@ -64,7 +66,9 @@ def evaluate(batch: Batch, stats: Tensor) -> Terms:
     # a banned token has logp - logp = NaN, as it must; a masked one is 0
     by_token = torch.where(mask, logp - old, zero)
     clip = (float(config.epsilon), config.upper_epsilon)
-    log_ratio, pull = lift(config.level, by_token, mask, batch.bounds, advantages, clip)
+    # the side a token is clipped on is that of its own advantage, corrected or not
+    sides = fields["advantages"]
+    log_ratio, pull = lift(config.level, by_token, mask, batch.bounds, sides, clip)
     choice = objective_arguments(config)
     loss, by_logp, by_ratio, ratio, kl = choice["token_loss"](
         logp,
@@ -107,8 +111,9 @@ def _advantages(
     config, mask, bounds = batch.config, batch.rows.mask, batch.bounds
     advantages, rollout = fields["advantages"], fields["rollout_logp"]
     dropped = torch.zeros_like(mask)
-    # with old log-probs `prepare` has applied it
-    if rollout is not None and batch.old_logp is None and config.preset.objective != "vespo":
+    # with old log-probs `prepare` has applied it, but for a level that asks for the sign of all
+    late = batch.old_logp is None or config.level == "sequence_clipped"
+    if rollout is not None and late and config.preset.objective != "vespo":
         factor = corrections.rollout_factor(config, old - rollout, mask, bounds)
         advantages = corrections.scaled(advantages, factor)
     if config.off_policy_mask_threshold is not None:

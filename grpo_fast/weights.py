@@ -16,6 +16,8 @@ def boundaries(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if mask.dim() == 2:
         rows, length = mask.shape
         return torch.arange(rows + 1, device=mask.device) * length
+    if mask.dim() != 1:
+        raise ValueError(f"mask: expected (B, T), or packed (N,), got {tuple(mask.shape)}.")
     raise ValueError("cu_seqlens: a packed (N,) batch needs its (S+1,) boundaries here, got None.")
 
 

@@ -143,27 +143,24 @@ def store_row_gradient(
     out_ptr,
     target,
     V,
-    logp,
-    entropy,
-    peak,
-    log_sum,
-    dlogp,
-    dlse,
-    dentropy,
-    scale,
-    softcap,
-    inv_temperature,
+    stats,
+    upstream,
+    chain,
     HAS_SOFTCAP: tl.constexpr,
     HAS_DENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """dx_j = chain * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])], one
-    row.
+    """dx_j = c * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])], one
+    row, with c = scale * inv_temperature * (1 - tanh^2).
 
-    chain = scale * inv_temperature * (1 - tanh^2). The target's own 1 - p comes from -expm1(logp).
+    stats is (logp, entropy, peak, log_sum), upstream (dlogp, dlse, dentropy), chain (scale,
+    softcap, inv_temperature). The target's own 1 - p comes from -expm1(logp).
     The output may be the input: each tile is read whole before it is overwritten. It may also be
     the same bytes as a narrower type, whose tile lies in front of what is still to be read.
     """
+    logp, entropy, peak, log_sum = stats
+    dlogp, dlse, dentropy = upstream
+    scale, softcap, inv_temperature = chain
     expected = log_sum - entropy
     for start in range(0, V, BLOCK_V):
         # (1, BLOCK_V), not (BLOCK_V,): Triton spreads tiles of one shape alike over the threads, so

@@ -31,14 +31,10 @@ def evaluate_token(
     rollout_logp_ptr,
     advantage_ptr,
     weight_ptr,
-    param_a,
-    param_b,
-    param_c,
-    param_d,
+    parameters,
     beta,
     entropy_coef,
-    rollout_low,
-    rollout_high,
+    rollout_bounds,
     TOKEN_LOSS: tl.constexpr,
     OBJECTIVE: tl.constexpr,
     KL: tl.constexpr,
@@ -63,17 +59,18 @@ def evaluate_token(
     advantage = tl.load(advantage_ptr + n)
     if HAS_ROLLOUT:
         rollout_gap = old_logp - tl.load(rollout_logp_ptr + n)
-        advantage *= ROLLOUT_WEIGHT(rollout_gap, rollout_low, rollout_high, ROLLOUT_MASK)
+        low, high = rollout_bounds
+        advantage *= ROLLOUT_WEIGHT(rollout_gap, low, high, ROLLOUT_MASK)
     weight = tl.load(weight_ptr + n)
     loss, by_logp, by_ratio, ratio, kl = TOKEN_LOSS(
         logp,
         logp - old_logp,
         ref_logp,
         advantage,
-        param_a,
-        param_b,
-        param_c,
-        param_d,
+        parameters[0],
+        parameters[1],
+        parameters[2],
+        parameters[3],
         beta,
         OBJECTIVE,
         KL,
@@ -192,14 +189,10 @@ def policy_kernel(
             rollout_logp_ptr,
             advantage_ptr,
             weight_ptr,
-            param_a,
-            param_b,
-            param_c,
-            param_d,
+            (param_a, param_b, param_c, param_d),
             beta,
             entropy_coef,
-            rollout_low,
-            rollout_high,
+            (rollout_low, rollout_high),
             TOKEN_LOSS,
             OBJECTIVE,
             KL,
@@ -216,11 +209,8 @@ def policy_kernel(
     store_terms(terms_ptr + n, stride_terms, loss, logp, entropy, ratio, kl, dlogp)
     if WRITE_GRADIENT:
         grad_ptr = row_pointer(out_ptr, n, T, stride_out_b, stride_out_t)
-        idle = dlogp == 0.0
-        if HAS_ENTROPY:
-            idle = idle & (dentropy == 0.0)
         # clipped, zero-advantage and masked rows: their logits are not read a second time
-        if idle:
+        if (dlogp == 0.0) & (dentropy == 0.0):
             store_zero_row(grad_ptr, V, BLOCK_V)
         else:
             store_row_gradient(
@@ -228,16 +218,9 @@ def policy_kernel(
                 grad_ptr,
                 target,
                 V,
-                logp,
-                entropy,
-                peak,
-                log_sum,
-                dlogp,
-                0.0,
-                dentropy,
-                scale,
-                softcap,
-                inv_temperature,
+                (logp, entropy, peak, log_sum),
+                (dlogp, 0.0, dentropy),
+                (scale, softcap, inv_temperature),
                 HAS_SOFTCAP,
                 HAS_ENTROPY,
                 BLOCK_V,

@@ -47,6 +47,11 @@ class OnDevice(torch.Tensor):
     def __init__(self, value: torch.Tensor) -> None:
         self.value = value
 
+    @property
+    def is_meta(self) -> bool:
+        """It does hold numbers."""
+        return False
+
     def tolist(self) -> list:
         """One copy to the host."""
         return self.cpu().tolist()

@@ -7,6 +7,7 @@ from loss_cases import make_case, preset_config, relative, truth
 
 from grpo_fast import chunks, linear_logprob, linear_policy_loss
 from grpo_fast.chunks import FIXED_BYTES
+from grpo_fast.gradients import HeadGradients
 
 
 def call(case, loss_type="dapo", **more):
@@ -117,29 +118,40 @@ def test_main_grad_of_a_frozen_weight_is_refused():
         )
 
 
+@pytest.fixture
+def slices(monkeypatch):
+    """Backward goes through the vocabulary, 64 KiB of logits at a time; the slices it made."""
+    made = []
+    add = HeadGradients.add_columns
+
+    def counted(self, hidden, dlogits, part):
+        made.append(part)
+        return add(self, hidden, dlogits, part)
+
+    monkeypatch.setitem(chunks.COLUMNS_FIRST, "cpu", 10**6)
+    monkeypatch.setattr(HeadGradients, "add_columns", counted)
+    budget = property(lambda _: 64 * 1024, lambda _, __: None)
+    monkeypatch.setattr(chunks.LinearHead, "budget", budget, raising=False)
+    return made
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
 @pytest.mark.parametrize("main", [False, True])
-def test_backward_by_slices_of_the_vocabulary(loss_type, main, monkeypatch):
+def test_backward_by_slices_of_the_vocabulary(loss_type, main, slices):
     """What a CUDA device does with chunks of under 1,024 rows: the same gradients."""
-    monkeypatch.setitem(chunks.COLUMNS_FIRST, "cpu", 10**6)
-    case = make_case(V=1500, lengths=(9, 9, 7, 6))
+    case = make_case(V=1500, lengths=(30, 25, 20, 25))
     want = truth(case, preset_config(loss_type), use_old=True, use_ref=False)
-    # 16 rows of a chunk, so that the 31 rows see the vocabulary in slices
+    # 16 rows of a chunk, so that those with a gradient are more
     budget = FIXED_BYTES + 16 * 4 * (1500 + 3 * 24)
-    monkeypatch.setattr(
-        chunks.LinearHead,
-        "budget",
-        property(lambda _: 64 * 1024, lambda _, __: None),
-        raising=False,
-    )
     more = {"workspace_bytes": budget, **({"main_grad": None} if main else {})}
     hidden, weight, loss, _, buffer = call(case, loss_type, **more)
     loss.backward()
     assert relative(hidden.grad, want[1]) < 2e-5
     assert relative(buffer - 1.0 if main else weight.grad, want[2]) < (1e-4 if main else 2e-5)
+    assert [part.start for part in slices] == [*range(0, 1500, slices[0].stop)] != [0]
 
 
-def test_slices_of_the_vocabulary_with_everything(monkeypatch):
+def test_slices_of_the_vocabulary_with_everything(slices, monkeypatch):
     """Bias, softcap, entropy and an adapter through `linear_logprob`: equal to chunks of rows."""
     g = torch.Generator().manual_seed(3)
     tensors = [
@@ -149,14 +161,7 @@ def test_slices_of_the_vocabulary_with_everything(monkeypatch):
     upstream = torch.randn(3, 40, generator=g)
     results = []
     for columns in (False, True):
-        if columns:
-            monkeypatch.setitem(chunks.COLUMNS_FIRST, "cpu", 10**6)
-            monkeypatch.setattr(
-                chunks.LinearHead,
-                "budget",
-                property(lambda _: 32 * 1024, lambda _, __: None),
-                raising=False,
-            )
+        monkeypatch.setitem(chunks.COLUMNS_FIRST, "cpu", 10**6 if columns else 0)
         leaves = [t.clone().requires_grad_() for t in tensors]
         out = linear_logprob(
             *leaves[:2],
@@ -170,5 +175,6 @@ def test_slices_of_the_vocabulary_with_everything(monkeypatch):
         )
         sum((u * o).sum() for u, o in zip(upstream, out, strict=True)).backward()
         results.append([leaf.grad for leaf in leaves])
+        assert (len(slices) > 1) == columns
     for got, want in zip(results[1], results[0], strict=True):
         assert relative(got, want) < 2e-6

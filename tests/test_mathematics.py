@@ -1,15 +1,32 @@
-"""Advantages, weights, objectives and the whole loss against numbers worked out by hand or in
-numpy."""
+"""Advantages, weights, objectives and the whole loss against numbers worked out by hand or by
+`oracle.py`."""
 
-import math
+from dataclasses import replace
 
-import numpy as np
+import oracle
 import pytest
 import torch
-from loss_cases import configurations, make_case, truth
+from correction_checks import (
+    CORRECTIONS,
+    Correction,
+    arguments,
+    correction_case,
+    expected,
+    make_extras,
+)
+from loss_cases import configurations, make_case, relative
 
-from grpo_fast import LossConfig, linear_policy_loss, objectives, policy_loss, reference, weights
+from grpo_fast import (
+    PRESETS,
+    LossConfig,
+    linear_policy_loss,
+    objectives,
+    policy_loss,
+    reference,
+    weights,
+)
 from grpo_fast.advantages import group_advantages
+from grpo_fast.config import KL_ESTIMATORS, OBJECTIVES
 
 
 def test_group_advantages_by_hand():
@@ -54,19 +71,6 @@ def test_advantages_refuse():
         group_advantages(torch.ones(1, 2), "groups")
 
 
-def test_worked_example_dapo():
-    """log-probs -2.1, -1.8, -0.5, -1.2 against -2.3, -1.9, -0.6, -1.4, A = 0.6, epsilon 0.2 ->
-    -0.6916."""
-    logp = torch.tensor([-2.1, -1.8, -0.5, -1.2])
-    old = torch.tensor([[-2.3, -1.9, -0.6, -1.4]])
-    logits = torch.stack((logp, torch.log1p(-logp.exp())), -1)[None]
-    ids = torch.zeros(1, 4, dtype=torch.long)
-    loss, _ = policy_loss(logits, ids, torch.tensor([0.6]), old_logp=old)
-    assert loss.item() == pytest.approx(-0.6916, abs=5e-5)
-    one, _ = policy_loss(logits[:, :1], ids[:, :1], torch.tensor([0.2]), old_logp=old[:, :1] - 0.1)
-    assert one.item() == pytest.approx(-0.24, abs=1e-6)
-
-
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_aggregations_by_hand(loss_type):
     config = LossConfig(loss_type=loss_type, max_completion_length=5)
@@ -85,93 +89,195 @@ def test_aggregations_by_hand(loss_type):
     torch.testing.assert_close(given, got * weights.count(config, mask) / 12.0)
 
 
-def numpy_loss(logp, old, ref, adv, mask, config):
-    """A second, loop-by-loop reading of the definitions, in float64 numpy."""
-    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    totals, tokens = [], 0
-    for b in range(len(logp)):
-        steps = [t for t in range(len(logp[b])) if mask[b][t]]
-        tokens += len(steps)
-        gaps = [logp[b][t] - old[b][t] for t in steps]
-        mean_gap = sum(gaps) / max(len(gaps), 1)
-        total = 0.0
-        for t, gap in zip(steps, gaps, strict=True):
-            r = math.exp(mean_gap if config.importance_sampling_level == "sequence" else gap)
-            if config.loss_type == "cispo":
-                value = -min(r, high) * adv[b] * logp[b][t]
-            else:
-                capped = r if config.delta is None else min(r, config.delta)
-                value = -min(capped * adv[b], min(max(r, 1 - config.epsilon), 1 + high) * adv[b])
-            if ref is not None:
-                d = ref[b][t] - logp[b][t]
-                kl = {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[config.kl_estimator]
-                value += config.beta * kl * (r if config.use_bias_correction_kl else 1.0)
-            total += value
-        totals.append((total, len(steps)))
-    if config.loss_type == "grpo":
-        return sum(s / max(n, 1) for s, n in totals) / len(totals)
-    if config.loss_type == "dr_grpo":
-        return sum(s for s, _ in totals) / (len(totals) * config.max_completion_length)
-    return sum(s for s, _ in totals) / max(tokens, 1)
+def tokens_of(case, extras, correction, config, old, ref, advantages) -> oracle.Tokens:
+    """The call of `correction_checks.expected` as the oracle takes it, from float64 log-probs."""
+    clean = torch.where(case.mask[..., None], case.hidden, 0.0).double()
+    logits = reference.head_logits(clean, case.weight.double())
+    temperature = extras.temperature[correction.temperature]
+    if temperature is None:
+        temperature = torch.tensor(config.temperature, dtype=torch.float64)
+    while temperature.dim() < 3:
+        temperature = temperature[..., None]
+    logits = logits / temperature.double()
+    logp, entropy, _ = reference.logprob(logits, case.ids.clamp(min=0))
+    if advantages.dim() == 1:
+        advantages = advantages[:, None].expand_as(logp)
+    return oracle.Tokens(
+        logp.tolist(),
+        entropy.tolist(),
+        advantages.double().tolist(),
+        case.mask.tolist(),
+        case.old_logp.double().tolist() if old else None,
+        case.ref_logp.double().tolist() if ref else None,
+        extras.rollout_logp.double().tolist() if correction.rollout else None,
+        threshold=correction.threshold,
+    )
+
+
+def check_oracle(case, correction, config, old, ref, per_token=False, slopes=False) -> None:
+    """The reference's value, and its derivative by each log-prob, against the oracle."""
+    extras = make_extras(case)
+    common = (old, ref, extras.advantages if per_token else case.advantages)
+    want = tokens_of(case, extras, correction, config, *common)
+    got, _, _, logits = expected(case, extras, correction, config, *common)
+    assert got.item() == pytest.approx(oracle.loss(config, want), rel=1e-11, abs=1e-13)
+    if not slopes:
+        return
+    config = replace(config, entropy_coef=0.0)
+    logits = expected(case, extras, correction, config, *common)[3]
+    # dlogits of the target is dlogp (1 - p) / temperature
+    mask, ids = case.mask, case.ids.clamp(min=0)[..., None]
+    heat = extras.temperature[correction.temperature]
+    heat = (
+        torch.tensor(config.temperature, dtype=torch.float64)
+        if heat is None
+        else heat.nan_to_num(1.0).double()
+    )
+    heat = heat[:, None] if heat.dim() == 1 else heat
+    dlogp = logits.grad.gather(-1, ids)[..., 0] * heat / -torch.tensor(want.logp).double().expm1()
+    slope = torch.tensor(oracle.derivative(config, want), dtype=torch.float64)
+    torch.testing.assert_close(dlogp[mask], slope[mask], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("config, use_old, use_ref", configurations())
-def test_reference_equals_numpy_and_torch_backend_in_float64(config, use_old, use_ref):
-    case = make_case(dtype=torch.float64)
-    loss, dhidden, dweight, _ = truth(case, config, use_old=use_old, use_ref=use_ref)
-    clean = torch.where(case.mask[..., None], case.hidden, 0.0)
-    logits = reference.head_logits(clean, case.weight)
-    logp = reference.logprob(logits, case.ids.clamp(min=0), config.temperature)[0]
-    by_hand = numpy_loss(
-        logp.tolist(),
-        (case.old_logp.double() if use_old else logp).tolist(),
-        np.asarray(case.ref_logp.double()) if use_ref else None,
-        case.advantages.double().tolist(),
-        case.mask.tolist(),
-        config,
-    )
-    assert loss.item() == pytest.approx(by_hand, rel=1e-11, abs=1e-13)
+def test_reference_equals_the_oracle(config, use_old, use_ref):
+    case = correction_case(torch.float64)
+    check_oracle(case, Correction(), config, use_old, use_ref, slopes=True)
+    check_oracle(case, Correction(), config, use_old, use_ref, per_token=True)
 
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("loss_type", PRESETS)
+def test_reference_equals_the_oracle_with_corrections(loss_type, old):
+    case = correction_case(torch.float64)
+    for name, correction in CORRECTIONS.items():
+        config = correction.config(loss_type)
+        check_oracle(
+            case,
+            correction,
+            config,
+            old,
+            ref=config.beta > 0,
+            per_token=name.startswith("token"),
+            slopes=name.startswith(("together", "off_policy")),
+        )
+
+
+@pytest.mark.parametrize("config, use_old, use_ref", configurations())
+def test_torch_backend_in_float64_equals_reference(config, use_old, use_ref):
+    check_float64(Correction(), config, use_old, use_ref)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("loss_type", PRESETS)
+def test_torch_backend_in_float64_equals_reference_with_corrections(loss_type, old):
+    for correction in CORRECTIONS.values():
+        config = correction.config(loss_type)
+        check_float64(correction, config, old, config.beta > 0)
+
+
+def check_float64(correction, config, old, ref) -> None:
+    """Loss and gradients of `linear_policy_loss`, of inputs that are all float64."""
+    case = correction_case(torch.float64)
+    extras = make_extras(case)
+    wide = {
+        k: None if v is None else v.double()
+        for k, v in arguments(case, extras, correction, config, old, ref, case.advantages).items()
+        if k not in ("config", "ids", "mask", "entropy_threshold")
+    }
+    given = arguments(case, extras, correction, config, old, ref, case.advantages) | wide
+    loss, dhidden, dweight, _ = expected(
+        case, extras, correction, config, old, ref, case.advantages
+    )
     hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
-    got, _ = linear_policy_loss(
-        hidden,
-        weight,
-        case.ids,
-        case.advantages,
-        config=config,
-        mask=case.mask,
-        old_logp=case.old_logp if use_old else None,
-        ref_logp=case.ref_logp if use_ref else None,
-    )
+    got, _ = linear_policy_loss(hidden, weight, **given)
     got.backward()
-    # what is left is fp32: the advantages, and the old and reference log-probs are given in it
-    torch.testing.assert_close(hidden.grad, dhidden, rtol=2e-6, atol=1e-9)
-    torch.testing.assert_close(weight.grad, dweight, rtol=2e-6, atol=1e-9)
+    assert got.item() == pytest.approx(loss.item(), rel=1e-11, abs=1e-13)
+    assert relative(hidden.grad, dhidden.grad) < 1e-11
+    assert relative(weight.grad, dweight.grad) < 1e-11
 
 
-@pytest.mark.parametrize("name", ["clip", "cispo"])
-def test_objective_slopes_are_their_derivatives(name):
+# numbers at which the grids below have values on both sides and on the kinks
+NUMBERS = {
+    "clip": (0.8, 1.2, 1.6, 0.0),
+    "sapo": (1.0, 1.05, 0.0, 0.0),
+    "cispo": (0.0, 1.2, 0.0, 0.0),
+    "vespo": (2.0, 3.0, 3.0, 2.0),
+    "dppo_tv": (0.05, 0.07, 1.4, 0.0),
+    "dppo_kl": (0.01, 0.02, 1.4, 0.0),
+}
+RATIOS = (0.3, 0.8, 0.9, 1.0, 1.1, 1.2, 1.5, 1.7)
+
+
+def frozen_value(name: str, ratio, logp, advantage):
+    """Values of an objective whose stop-gradient factor, or mask, is a constant."""
+    objective, numbers = getattr(objectives, name), NUMBERS.get(name, (0.0,) * 4)
+    if OBJECTIVES[name].through_ratio:
+        return objective(ratio, logp.detach(), advantage, *numbers)[0]
+    still = objective(ratio.detach(), logp.detach(), advantage, *numbers)[0] / logp.detach()
+    return still * logp
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objective_slopes_are_their_derivatives(name, sign):
     """The hand-written slope against autograd of the value, away from the kinks and exactly on
     them."""
+    log_ratio = torch.tensor(RATIOS, dtype=torch.float64).log().requires_grad_()
+    logp = torch.full((len(RATIOS),), -1.3, dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor(sign, dtype=torch.float64)
+    frozen_value(name, log_ratio.exp(), logp, advantage).sum().backward()
+    numbers = NUMBERS.get(name, (0.0,) * 4)
+    value, slope = getattr(objectives, name)(
+        log_ratio.detach().exp(), logp.detach(), advantage, *numbers
+    )
+    through = OBJECTIVES[name].through_ratio
+    got, other = (log_ratio.grad, logp.grad) if through else (logp.grad, log_ratio.grad)
+    torch.testing.assert_close(got, slope.expand_as(got), rtol=1e-12, atol=1e-12)
+    assert other is None or not other.any()
+    assert slope.any() == (sign != 0)
+    if not through:
+        torch.testing.assert_close(value, slope.expand_as(value) * -1.3, rtol=1e-12, atol=0)
+
+
+def test_clip_slopes_by_hand():
+    """A tie is unclipped; below, above and beyond the cap by the side of the advantage."""
     ratio = torch.tensor([0.3, 0.8, 1.0, 1.2, 1.5, 1.7], dtype=torch.float64)
-    for sign in (1.0, -1.0, 0.0):
-        log_ratio = ratio.log().requires_grad_()
-        logp = torch.full_like(ratio, -1.3, requires_grad=True)
-        r = log_ratio.exp()
-        value, slope = getattr(objectives, name)(r, logp, torch.tensor(sign), 0.8, 1.2, 1.6)
-        value.sum().backward()
-        # cispo's value is differentiated with its ratio detached
-        got = log_ratio.grad if name == "clip" else logp.grad
-        torch.testing.assert_close(got, slope.detach(), rtol=1e-12, atol=1e-12)
+    logp = torch.zeros(6, dtype=torch.float64)
+    up = objectives.clip(ratio, logp, torch.tensor(1.0), 0.8, 1.2, 1.6, 0.0)
+    down = objectives.clip(ratio, logp, torch.tensor(-1.0), 0.8, 1.2, 1.6, 0.0)
+    assert up[0].tolist() == [-0.3, -0.8, -1.0, -1.2, -1.2, -1.2]
+    assert up[1].tolist() == [-0.3, -0.8, -1.0, -1.2, 0.0, 0.0]
+    assert down[0].tolist() == [0.8, 0.8, 1.0, 1.2, 1.5, 1.6]
+    assert down[1].tolist() == [0.0, 0.8, 1.0, 1.2, 1.5, 0.0]
 
 
-@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_are_homogeneous_in_the_advantage(name, sign):
+    """f(c A) = c f(A) for c >= 0: what lets a correction be a factor of the advantage."""
+    objective, numbers = getattr(objectives, name), NUMBERS.get(name, (0.0,) * 4)
+    ratio = torch.tensor(RATIOS, dtype=torch.float64)
+    logp = torch.linspace(-3.0, -0.01, len(RATIOS), dtype=torch.float64)
+    advantage = sign * torch.tensor(0.7, dtype=torch.float64)
+    one = objective(ratio, logp, advantage, *numbers)
+    assert one[0].any()
+    for c in (0.0, 1e-3, 0.25, 1.0, 2.5, 40.0):
+        for scaled, plain in zip(objective(ratio, logp, c * advantage, *numbers), one, strict=True):
+            torch.testing.assert_close(scaled, c * plain, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("name", KL_ESTIMATORS)
 def test_kl_slopes_are_their_derivatives(name):
     logp = torch.tensor([-0.1, -2.0, -30.0, -5.0], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([-3.0, -2.0, -1.0, -5.5], dtype=torch.float64)
     value, slope = getattr(objectives, name)(logp, ref)
     value.sum().backward()
-    torch.testing.assert_close(logp.grad, slope.detach())
+    want = torch.ones_like(ref) if name == "k1" else logp.grad
+    if name == "absolute":
+        # where() has no subgradient of its own at 0; torch's abs has 0, as ours
+        want = torch.tensor([1.0, 0.0, -1.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(slope.detach(), want)
     assert (value[1:2] == 0).all()
 
 

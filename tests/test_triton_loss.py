@@ -18,8 +18,10 @@ from checks import (
     check_skipped_rows,
     check_zero_advantages_leave_the_backward,
 )
+from correction_checks import CORRECTIONS, check_corrections
 from loss_cases import configurations
 from op_checks import check_half_precision_logits, check_steep_ratios_in_fp16
+from option_checks import check_frozen_head, check_lora, check_max_rows, check_routes
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +76,20 @@ def test_half_precision_logits(dtype, upstream):
 
 def test_steep_ratios_in_fp16():
     check_steep_ratios_in_fp16()
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("name", [n for n in CORRECTIONS if not n.endswith(("low", "none"))])
+def test_corrections(name, old):
+    """Token and sequence level: the one-pass rows apply what needs no sequence themselves."""
+    check_corrections("dapo", name, old=old)
+    if not old:
+        check_corrections("gmpo", name, old=True)
+
+
+def test_adapters_frozen_heads_capacities_and_routes():
+    check_lora(("hidden", "weight", "bias", "A", "B"), "dapo", {"rollout", "temperature"}, True)
+    check_frozen_head("gspo", None, {"old", "ref", "temperature", "rollout"})
+    check_max_rows("dapo", "together_without_top", True, ("hidden", "weight", "bias", "A", "B"))
+    check_max_rows("cispo", "temperature_token", False, ("hidden",))
+    check_routes()
