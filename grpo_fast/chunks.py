@@ -69,6 +69,9 @@ def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
 @contextmanager
 def no_autocast(device: torch.device) -> Iterator[None]:
     """Products inside choose their own precision."""
+    if not torch.amp.is_autocast_available(device.type):
+        yield
+        return
     with torch.autocast(device.type, enabled=False):
         yield
 

@@ -86,7 +86,8 @@ def linear_policy_loss(
     adapter are computed in the forward pass (skipped under `torch.no_grad`) and kept for one
     backward. fp32 logits, statistics and accumulators; each gradient is downcast once. Masked rows
     enter no product; rows that cannot have a gradient (advantage 0 without a KL or an entropy
-    bonus) enter only the forward one. `plan.py` lists the routes and what they cost.
+    bonus) enter only the forward one. `plan.py` lists the routes and what they cost. torch.compile
+    sees one op, without main_grad, tp_group and explain.
 
     Args:
         hidden: (B, T, H) or packed (N, H); hidden[..., t, :] predicts ids[..., t].

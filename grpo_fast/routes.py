@@ -177,27 +177,22 @@ def whole_sequences(
     head: LinearHead, batch: Batch, needs: Needs, main_grad: Tensor | None
 ) -> tuple[Terms, Gradients]:
     """A derivative needs its sequence: chunks end where sequences end."""
-    lengths = [n for n in batch.rows.lengths if n]
-    cuts, ends = [], []
-    start = stop = 0
-    members: list[int] = []
-    for n in lengths:
-        if stop + n - start > head.chunk_rows:
+    lengths, ends = batch.rows.lengths, batch.rows.ends
+    cuts, members = [], {}
+    first = start = stop = 0
+    for sequence, n in enumerate((*lengths, head.chunk_rows + 1)):
+        if stop + n - start > head.chunk_rows and stop > start:
             cuts.append(stop)
-            ends.append(members)
-            start, members = stop, []
+            members[start] = slice(first, sequence + 1)
+            first, start = sequence, stop
         stop += n
-        members.append(n)
-    if members:
-        cuts.append(stop)
-        ends.append(members)
-    by_start = {cut - sum(m): m for cut, m in zip(cuts, ends, strict=True)}
 
     def derivative(chunk: Chunk, own: Tensor) -> tuple[Tensor, Tensor | None]:
         place = chunk.place
         if isinstance(place, slice):
             place = torch.arange(place.start, place.stop, device=own.device)
-        sizes = torch.tensor([0, *by_start[chunk.rows.start]]).cumsum(0).to(own.device)
+        sizes = ends[members[chunk.rows.start]]
+        sizes = sizes - sizes[0]
         terms = evaluate(batch.part(place, sizes), own)
         return terms.dlogp, terms.dentropy
 

@@ -1,5 +1,7 @@
 """torch.compile: one graph, the same bits, at most two compilations over many lengths."""
 
+import shutil
+
 import pytest
 import torch
 from loss_cases import make_case
@@ -227,6 +229,25 @@ def test_fifty_lengths_are_at_most_two_compilations():
     want = everything(case.hidden, case.weight, *args)[0]
     torch.testing.assert_close(loss.detach(), want)
     assert counter.calls <= 2
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_keeps_the_layout_and_the_numbers():
+    case = make_case()
+
+    def call(hidden, weight):
+        # what inductor would fuse, and logits whose last position is cut off
+        hidden = torch.nn.functional.silu(hidden) * 2.0
+        args = (case.ids, case.advantages)
+        loss, found = linear_policy_loss(hidden, weight, *args, mask=case.mask)
+        logits = (hidden @ weight.T)[:, :-1]
+        out = logprob(logits, case.ids[:, :-1], mask=case.mask[:, :-1], entropy=True)
+        return loss + out.logp.mean() + out.entropy.mean(), found
+
+    leaves = {k: leaves_of(case)[k] for k in ("hidden", "weight")}
+    want = gradients(call, leaves, ("hidden", "weight"))
+    got = gradients(torch.compile(call, fullgraph=True), leaves, ("hidden", "weight"))
+    torch.testing.assert_close(got, want)
 
 
 def test_a_new_configuration_is_not_the_old_one():
