@@ -374,7 +374,7 @@ MUTANTS = [
             "(by_logp + by_ratio) * weight, dentropy",
             "by_logp * weight, dentropy",
             "no gradient through the ratio",
-            "policy",
+            "kernels",
         ),
         (
             "dentropy = -entropy_coef * weight",
