@@ -143,52 +143,85 @@ def _ratio_of(o: Options, d: Data) -> torch.Tensor | None:
     return torch.where(d.mask, ratio, torch.ones_like(ratio))
 
 
-def truth(o: Options, d: Data, denominator: float | None = None) -> dict[str, torch.Tensor]:
-    """Loss, gradients and metrics of the reference in float64."""
+@dataclass
+class Exact:
+    """What every truth starts from, in float64; leaves require grad."""
+
+    leaves: tuple
+    logits: torch.Tensor
+    logp: torch.Tensor
+    old: torch.Tensor
+    ref: torch.Tensor
+    advantages: torch.Tensor
+    rollout: torch.Tensor | None
+
+
+def exact(o: Options, d: Data) -> Exact:
+    """The batch in float64, with the ratio where a reader of Liger's formula expects it."""
     keep = d.mask[..., None]
     hidden, weight, bias = (t.detach().double() for t in d.leaves())
     hidden = torch.where(keep, hidden, torch.zeros_like(hidden))
-    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    leaves = tuple(t.requires_grad_() for t in (hidden, weight, bias))
     logits = reference.head_logits(hidden, weight, bias if o.bias else None)
-    logits.retain_grad()
     ids = torch.where(d.mask, d.ids, torch.zeros_like(d.ids))
     logp = reference.logprob(logits, ids, 0.9)[0]
     ref = d.ref_logp.double()
     if o.ref == "hidden":
         clean = torch.where(keep, d.ref_hidden, torch.zeros_like(d.ref_hidden)).double()
-        ref_bias = d.ref_bias.double() if o.bias else None
-        ref = reference.logprob(
-            reference.head_logits(clean, d.ref_weight.double(), ref_bias), ids, 0.9
-        )[0]
+        head = clean, d.ref_weight.double(), d.ref_bias.double() if o.bias else None
+        ref = reference.logprob(reference.head_logits(*head), ids, 0.9)[0]
     old = d.old_logp.double() if o.old else logp.detach()
-    advantages, rollout = d.advantages.double(), None
+    advantages, rollout = d.advantages.double()[:, None].expand(d.mask.shape), None
     ratio = _ratio_of(o, d)
     if ratio is not None and o.loss_type != "vespo":
-        advantages = advantages[:, None] * ratio
+        advantages = advantages * ratio
     elif ratio is not None:
         by_token = ratio.log()
         if o.ratio != "BT":
             by_token = by_token / d.mask.sum(1, keepdim=True).clamp(min=1)
         rollout = old - by_token
+    return Exact(leaves, logits, logp, old, ref, advantages, rollout)
+
+
+def truth(o: Options, d: Data, denominator: float | None = None) -> dict[str, torch.Tensor]:
+    """Loss, gradients and metrics of the reference in float64."""
+    e = exact(o, d)
     loss = reference.policy_loss(
-        logits,
+        e.logits,
         d.ids,
-        advantages,
+        e.advantages,
         o.config,
         mask=d.mask,
-        old_logp=old,
-        ref_logp=ref if o.beta else None,
-        rollout_logp=rollout,
+        old_logp=e.old,
+        ref_logp=e.ref if o.beta else None,
+        rollout_logp=e.rollout,
         denominator=denominator,
     )
-    grads = torch.autograd.grad(loss, (*leaves, logits), allow_unused=True)
-    names = ("hidden", "weight", "bias", "logits")
-    out = dict(zip(names, grads, strict=True))
-    return {"loss": loss.detach(), **out, **_metrics(o, d, logp.detach(), old, ref)}
+    return {"loss": loss.detach(), **_gradients(loss, e), **_metrics(o, d, e)}
 
 
-def _metrics(o: Options, d: Data, logp, old, ref) -> dict[str, torch.Tensor]:
-    gap = torch.where(d.mask, logp - old, torch.zeros_like(logp))
+def token_truth(o: Options, d: Data) -> dict[str, torch.Tensor]:
+    """The same of a sum of token losses, each with its `upstream` weight."""
+    e = exact(o, d)
+    objective = reference._objective
+    old = torch.where(d.mask, e.old, torch.zeros_like(e.old))
+    tokens, ratio = objective(o.config, e.logp, old, e.advantages, d.mask, e.rollout)
+    if o.beta:
+        ref = torch.where(d.mask, e.ref, e.logp.detach())
+        kl = reference.kl_divergence(e.logp, ref, "k3")
+        tokens = tokens + o.beta * (ratio * kl if o.weight_kl else kl)
+    loss = torch.where(d.mask, tokens * upstream(d), torch.zeros_like(tokens)).sum()
+    return {"loss": loss.detach(), **_gradients(loss, e), **_metrics(o, d, e)}
+
+
+def _gradients(loss: torch.Tensor, e: Exact) -> dict[str, torch.Tensor]:
+    grads = torch.autograd.grad(loss, (*e.leaves, e.logits), allow_unused=True)
+    return dict(zip(("hidden", "weight", "bias", "logits"), grads, strict=True))
+
+
+def _metrics(o: Options, d: Data, e: Exact) -> dict[str, torch.Tensor]:
+    logp = e.logp.detach()
+    gap = torch.where(d.mask, logp - e.old, torch.zeros_like(logp))
     if o.level == "sequence":
         gap = gap.sum(1, keepdim=True) / d.mask.sum(1, keepdim=True).clamp(min=1)
     ratio = gap.exp().expand_as(logp)
@@ -197,7 +230,7 @@ def _metrics(o: Options, d: Data, logp, old, ref) -> dict[str, torch.Tensor]:
     clipped = ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
     if o.loss_type == "vespo":
         clipped = torch.zeros_like(clipped)
-    kl = reference.kl_divergence(logp, ref, "k3")
+    kl = reference.kl_divergence(logp, e.ref, "k3")
     return {
         "clip_ratio": clipped[d.mask].double().mean(),
         "kl": kl[d.mask].mean(),
@@ -239,3 +272,49 @@ def linear(function, o: Options, d: Data, **more) -> dict[str, torch.Tensor]:
         assert len(metrics) == 2
         out["weighted_kl" if o.weight_kl else "kl"] = metrics[0]
     return out | {"hidden": hidden.grad, "weight": weight.grad, "bias": bias.grad}
+
+
+def logits_of(o: Options, d: Data) -> torch.Tensor:
+    """(B, L+1, V) of the head, the last row of which means nothing; finite."""
+    hidden = torch.where(d.mask[..., None], d.hidden, torch.zeros_like(d.hidden))
+    logits = reference.head_logits(hidden, d.weight, d.bias if o.bias else None).detach()
+    return torch.cat([logits, torch.full_like(logits[:, :1], 0.5)], 1)
+
+
+def from_logits(function, o: Options, d: Data, reduce: bool, **more) -> dict[str, torch.Tensor]:
+    """Loss, gradient and metrics of a function with the signature of `triton_grpo_loss`; with
+    reduce=False, of a token mean and a sum of its results, weighted."""
+    leaf = logits_of(o, d).requires_grad_()
+    keywords = {**o.keywords, "eps_low": 0.2, "eps_high": o.epsilon_high, "reduce": reduce}
+    out = function(
+        leaf + 0,
+        d.old_logp if o.old else None,
+        d.ref_logp if o.beta else None,
+        d.ids,
+        d.advantages,
+        d.mask,
+        vllm_is_ratio=d.ratios[o.ratio],
+        **keywords,
+        **more,
+    )
+    name = "weighted_kl" if o.weight_kl else "kl"
+    if reduce:
+        loss, metrics = out
+        assert isinstance(metrics, list) and len(metrics) == 1 + (o.beta != 0)
+        values = {"loss": loss.detach(), "clip_ratio": metrics[-1]}
+        values |= {name: metrics[0]} if o.beta else {}
+    else:
+        tokens, kl, clipped = out
+        assert tokens.shape == clipped.shape == d.ids.shape and (kl is None) == (o.beta == 0)
+        loss = (tokens * upstream(d)).sum()
+        values = {"loss": loss.detach(), "clip_ratio": clipped.sum() / d.mask.sum()}
+        values |= {name: kl.sum() / d.mask.sum()} if o.beta else {}
+    loss.backward()
+    assert not leaf.grad[:, -1].any() and not leaf.grad[:, :-1][~d.mask].any()
+    return values | {"logits": leaf.grad[:, :-1]}
+
+
+def upstream(d: Data) -> torch.Tensor:
+    """What a caller of reduce=False multiplies the token losses by."""
+    g = torch.Generator().manual_seed(11)
+    return torch.rand(d.mask.shape, generator=g) / d.mask.sum()
