@@ -17,6 +17,8 @@ from grpo_fast.integrations.liger import LigerFusedLinearGRPOLoss
 TESTED = "0.8.5"
 # a loss is a sum of terms of both signs and of about this size
 SCALE = 0.1
+# how the table calls the pairs
+WHO = {"ours": "ours", "Liger's": "Liger", "between": "both"}
 
 
 def distance(name: str, got: torch.Tensor, want: torch.Tensor) -> float:
@@ -73,19 +75,20 @@ def compare(loss_type: str, level: str) -> dict[str, dict[str, float]]:
 
 
 def table() -> str:
-    """Markdown of `compare` for every loss type and level."""
-    lines = ["| loss | level | options | result | grpo_fast | Liger | between them |"]
-    lines.append("|---" * 7 + "|")
+    """Markdown of `compare`, a line for each loss type and level."""
+    heads = [f"{what}, {who}" for what in ("loss", "gradients", "KL") for who in WHO]
+    lines = [f"| loss type | level | calls | {' | '.join(heads)} |", "|---" * 12 + "|"]
     for kind in KINDS:
         rows = compare(*kind)
-        rows["gradients"] = {
-            pair: max(rows[name][pair] for name in ("hidden", "weight", "bias"))
-            for pair in ("ours", "Liger", "both")
-        }
-        for name in ("loss", "gradients", "kl"):
-            cells = (f"{rows[name][pair]:.1e}" for pair in ("ours", "Liger", "both"))
-            count = len(options(*kind))
-            lines.append(f"| `{kind[0]}` | {kind[1]} | {count} | {name} | {' | '.join(cells)} |")
+        grads = [rows[name] for name in ("hidden", "weight", "bias")]
+        rows["gradients"] = {pair: max(row[pair] for row in grads) for pair in WHO.values()}
+        cells = [
+            f"{rows[name][pair]:.1e}"
+            for name in ("loss", "gradients", "kl")
+            for pair in WHO.values()
+        ]
+        names = f"`{kind[0]}`", kind[1], str(len(options(*kind)))
+        lines.append(f"| {' | '.join((*names, *cells))} |")
     return "\n".join(lines)
 
 
