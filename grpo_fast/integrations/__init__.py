@@ -1,0 +1,1 @@
+"""Adapters: the losses under the names of other libraries."""
