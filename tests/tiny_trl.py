@@ -14,12 +14,11 @@ from tiny_trainer import VOCAB, dataset, spread_reward, tokenizer
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-COMPARED = ("loss", "grad_norm", "kl", "entropy", "cispo_clip_ratio", "policy_loss")
+COMPARED = ("grad_norm", "kl", "entropy", "cispo_clip_ratio", "policy_loss")
 COMPARED += tuple(f"clip_ratio/{n}" for n in ("low_mean", "high_mean", "region_mean"))
 COMPARED += ("clip_ratio/low_min", "clip_ratio/high_max", "vespo/phi_seq_mean", "entropy_coef")
-# below these a relative difference says nothing: a loss on-policy is a sum of advantages that
-# cancel, a KL at the reference is 0
-FLOORS = {"loss": 1e-2, "policy_loss": 1e-2, "kl": 1e-3}
+# nats: below it a relative difference of a loss or of a KL says nothing
+FLOOR = 1e-2
 
 
 def checkpoint(folder: Any, seed: int = 0, **overrides: Any) -> str:
@@ -53,10 +52,10 @@ def settings(**overrides: Any) -> dict[str, Any]:
         "num_generations": 4,
         "max_completion_length": 8,
         "temperature": 0.9,
-        "epsilon": 0.05,
-        "epsilon_high": 0.08,
+        "epsilon": 0.02,
+        "epsilon_high": 0.03,
         "optim": "sgd",
-        "learning_rate": 0.3,
+        "learning_rate": 0.1,
         "lr_scheduler_type": "constant",
         "max_steps": 8,
         "logging_steps": 1,
@@ -83,13 +82,18 @@ def lora(**overrides: Any) -> LoraConfig:
 
 
 def recording(cls: type) -> type:
-    """`cls`, which also keeps the text that it trains on."""
+    """`cls`, which also keeps the text that it trains on and the unrounded losses."""
 
     class Recorded(cls):
         def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
             out = super()._generate_and_score_completions(inputs)
             self.__dict__.setdefault("texts", []).append(out["completion_ids"].clone())
             return out
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().compute_loss(*args, **kwargs)
+            self.__dict__.setdefault("losses", []).append(loss.item())
+            return loss
 
     return Recorded
 
@@ -126,10 +130,10 @@ def steps(one: Any) -> list[dict[str, float]]:
 
 
 def relative(name: str, ours: float | None, theirs: float | None) -> float:
-    """Difference relative to theirs or to the floor of the name."""
+    """Difference relative to theirs, or to the floor if that is larger."""
     if ours is None or theirs is None:
         return 0.0 if ours is theirs else math.inf
-    return abs(ours - theirs) / max(abs(theirs), FLOORS.get(name, 1e-6))
+    return abs(ours - theirs) / max(abs(theirs), FLOOR if name in ("kl", "policy_loss") else 1e-6)
 
 
 def differences(ours: Any, theirs: Any) -> dict[str, float]:
@@ -142,6 +146,10 @@ def differences(ours: Any, theirs: Any) -> dict[str, float]:
             out[name] = math.inf
         elif name in pairs[0][0]:
             out[name] = max(relative(name, a[name], b[name]) for a, b in pairs)
+    # of the largest in the run: a loss is a sum of advantages of both signs
+    scale = max(map(abs, theirs.losses), default=0.0)
+    losses = zip(ours.losses, theirs.losses, strict=True)
+    out["loss"] = max(abs(a - b) for a, b in losses) / max(scale, FLOOR)
     texts = zip(ours.texts, theirs.texts, strict=True)
     out["text"] = 0.0 if all(torch.equal(a, b) for a, b in texts) else math.inf
     return out
@@ -152,3 +160,69 @@ def both(path: str, **overrides: Any) -> tuple[Any, Any]:
     from grpo_fast.integrations.trl import FastGRPOTrainer
 
     return run(FastGRPOTrainer, path, **overrides), run(GRPOTrainer, path, **overrides)
+
+
+def fabricated(one: Any, per_token: bool) -> dict[str, Any]:
+    """Inputs of `_compute_loss` around the policy of a trainer: old, reference and sampler's
+    log-probs near it, padding on both sides, tool tokens, a sequence that is masked whole."""
+    generator = torch.Generator().manual_seed(5)
+    B, P, T = 6, 5, 8
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    prompt_mask = torch.ones(B, P, dtype=torch.long)
+    prompt_mask[1, :2] = 0
+    lengths = torch.tensor([8, 3, 5, 0, 1, 7])
+    inputs = {
+        "prompt_ids": torch.randint(3, len(VOCAB), (B, P), generator=generator) * prompt_mask,
+        "prompt_mask": prompt_mask,
+        "completion_ids": torch.randint(3, len(VOCAB), (B, T), generator=generator),
+        "completion_mask": (torch.arange(T) < lengths[:, None]).long(),
+        "advantages": normal(B, T) if per_token else normal(B),
+        "num_items_in_batch": torch.tensor(31.0),
+        "tool_mask": torch.ones(B, T, dtype=torch.long),
+    }
+    inputs["tool_mask"][0, 2:4] = 0
+    inputs["advantages"][4] = 0.0
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    mask = torch.cat([prompt_mask, inputs["completion_mask"]], 1)
+    with torch.no_grad():
+        logp = one._get_per_token_logps_and_entropies(one.model, ids, mask, T)[0]
+    inputs["old_per_token_logps"] = (logp + 0.1 * normal(B, T)).clamp(max=0)
+    inputs["ref_per_token_logps"] = (logp + 0.3 * normal(B, T)).clamp(max=0)
+    sampled = inputs["old_per_token_logps"] + 0.1 * normal(B, T)
+    # the engine had none for this token
+    sampled[2, 1] = math.nan
+    return {**inputs, "sampling_per_token_logps": sampled}
+
+
+def importance_ratio(one: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """What TRL makes of old and sampler's log-probs before its loss."""
+    gap = inputs["old_per_token_logps"] - inputs["sampling_per_token_logps"]
+    gap = (gap * inputs["completion_mask"] * inputs["tool_mask"]).nan_to_num(nan=0.0)
+    level, mode = one.vllm_importance_sampling_mode.split("_")
+    ratio = (gap.sum(1, keepdim=True) if level == "sequence" else gap).exp()
+    low, high = one.vllm_importance_sampling_clip_min, one.vllm_importance_sampling_clip_max
+    if mode == "truncate":
+        return ratio.clamp(low, high)
+    return ratio.masked_fill((ratio < (low or 0.0)) | (ratio > high), 0.0)
+
+
+def direct(one: Any, inputs: dict[str, Any]) -> tuple[float, torch.Tensor]:
+    """Loss and all gradients of one micro-batch of two in an optimizer step."""
+    one.model.train()
+    one.model.zero_grad()
+    one.current_gradient_accumulation_steps = 2
+    loss = one._compute_loss(one.model, inputs)
+    loss.backward()
+    grads = [p.grad for p in one.model.parameters() if p.requires_grad]
+    return loss.item(), torch.cat([g.flatten() for g in grads])
+
+
+def metrics_of(one: Any) -> dict[str, float]:
+    """What a trainer would log now."""
+    logs: dict[str, float] = {}
+    with contextlib.redirect_stdout(None):
+        one.log(logs)
+    return {n: v for n, v in logs.items() if v is not None and not math.isnan(v)}
