@@ -7,7 +7,12 @@ test-full`) trains with every combination of the options instead of with a cover
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +35,7 @@ from grpo_fast.integrations.trl import FastGRPOTrainer
 from grpo_fast.integrations.trl_options import loss_config
 
 TOLERANCE = 1e-5
+HERE = Path(__file__).resolve().parent
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 FACTORS = {
     "importance_sampling_level": ("token", "sequence"),
@@ -256,3 +262,48 @@ def test_refused_mixture_of_experts(path, tmp_path):
     with pytest.raises(ValueError, match="router_aux_loss_coef"):
         trainer(FastGRPOTrainer, str(tmp_path))
     assert trainer(FastGRPOTrainer, str(tmp_path), router_aux_loss_coef=0.0)
+
+
+RANKS = """
+import json, sys, torch
+torch.set_num_threads(1)
+from tiny_trl import both, differences, steps
+path, out, options = sys.argv[1:]
+ours, theirs = both(path, **json.loads(options))
+found = differences(ours, theirs)
+if ours.accelerator.process_index == 0:
+    logged = steps(theirs)
+    said = {"found": found, "logged": logged, "ranks": ours.accelerator.num_processes}
+    json.dump(said, open(out, "w"))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks(path, tmp_path):
+    """DDP over gloo: the same curves, with ranks that hold unequal numbers of tokens."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    options = {"beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    folders = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        + ["--master-addr", "127.0.0.1", "--master-port", str(port), str(tmp_path / "ranks.py")]
+        + [path, str(tmp_path / "out.json"), json.dumps(options)],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(folders),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = json.loads((tmp_path / "out.json").read_text())
+    assert said["ranks"] == 2 and len(said["logged"]) == 4
+    assert {name: gap for name, gap in said["found"].items() if not gap <= TOLERANCE} == {}
+    second = said["logged"][1]
+    assert second["clip_ratio/region_mean"] > 0 and second["kl"] > 0
