@@ -14,9 +14,12 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir():
 
 # Imported at once and not on demand: `logprob` names a module as well as a function, and the
 # import system would bind the module here as soon as anything imports it.
+# `ops` and `logprob_ops` are there for what torch.compile finds in them.
+from . import logprob_ops, ops  # noqa: F401
 from .config import PRESETS, LossConfig
+from .logits_loss import policy_loss
 from .logprob import LogProbs, linear_logprob, logprob
-from .loss import linear_policy_loss, policy_loss
+from .loss import linear_policy_loss
 
 __all__ = [
     "GRPOConfig",

@@ -60,8 +60,7 @@ class Batch:
     @property
     def per_sequence(self) -> bool:
         """True when a token's derivative needs the log-probs of its whole sequence."""
-        config = self.config
-        return config.level != "token" or _correction_per_sequence(config, self.rollout_logp)
+        return needs_sequences(self.config, self.rollout_logp is not None)
 
     @property
     def per_batch(self) -> bool:
@@ -75,9 +74,11 @@ class Batch:
         return on_policy and self.ref_logp is None and not self.per_batch
 
 
-def _correction_per_sequence(config: LossConfig, rollout_logp: Tensor | None) -> bool:
-    by_sequence = rollout_logp is not None and not config.rollout_correction.startswith("token")
-    return by_sequence or config.off_policy_mask_threshold is not None
+def needs_sequences(config: LossConfig, has_rollout: bool) -> bool:
+    """True when a token's derivative needs the log-probs of its whole sequence."""
+    by_sequence = has_rollout and not config.rollout_correction.startswith("token")
+    masked = config.off_policy_mask_threshold is not None
+    return config.level != "token" or by_sequence or masked
 
 
 def objective_arguments(config: LossConfig) -> dict[str, object]:
@@ -128,26 +129,26 @@ def prepare(
 ) -> Batch:
     """Check everything beside the head or the logits, and flatten it.
 
-    Waits for the device once, and once more for boundaries that are not on the host; with max_rows
-    not at all.
+    Waits for the device once; with max_rows not at all.
     """
     if not isinstance(config, LossConfig):
         inputs.fail("config", "a LossConfig", inputs.describe(config))
-    inputs.check_cu_seqlens(cu_seqlens, shape, device, on_device=max_rows is not None)
+    inputs.check_cu_seqlens(cu_seqlens, shape, device)
     _check_options(config, skip_inactive_forward, max_rows, shape)
-    by_sequence = config.level != "token" or _correction_per_sequence(config, rollout_logp)
+    by_sequence = needs_sequences(config, rollout_logp is not None)
     needs_bounds = by_sequence or config.weights == "sequence_mean"
     needs_count = config.weights != "token_mean" and denominator is None
     if len(shape) == 1 and cu_seqlens is None and (needs_bounds or needs_count):
         what = f"(S+1,) boundaries for {config.loss_type} on packed (N,) input"
         inputs.fail("cu_seqlens", what, None)
-    token_advantages = _advantages(advantages, shape, device, cu_seqlens)
+    cut, valid = inputs.boundaries_on(device, cu_seqlens, shape)
+    token_advantages = _advantages(advantages, shape, device, cut)
     _check_denominator(denominator)
     if config.beta > 0 and ref_logp is None and not has_ref:
         inputs.fail("ref_logp", f"reference log-probs {shape}, since beta = {config.beta}", None)
     bounds = None
     if len(shape) == 2 or cu_seqlens is not None:
-        bounds = boundaries(token_advantages.view(shape), cu_seqlens)
+        bounds = boundaries(token_advantages.view(shape), cut)
     flat = inputs.flat_mask(mask, shape, device)
     # what is not finite in a masked place is no number to compute with, and a masked rollout
     # log-prob is one that is missing
@@ -156,9 +157,7 @@ def prepare(
         "ref_logp": inputs.per_token("ref_logp", ref_logp, shape, flat),
         "rollout_logp": inputs.per_token("rollout_logp", rollout_logp, shape, flat, torch.nan),
         "rollout_gap": None,
-        "inv_temperature": None
-        if temperature is None
-        else _temperatures(temperature, shape, flat),
+        "inv_temperature": None if temperature is None else _temperatures(temperature, shape, flat),
     }
     token_advantages = torch.where(flat, token_advantages, torch.zeros_like(token_advantages))
     if fields["old_logp"] is not None and fields["rollout_logp"] is not None:
@@ -173,6 +172,8 @@ def prepare(
         skip=skip_inactive_forward,
         bounds=bounds if by_sequence else None,
         max_rows=max_rows,
+        valid=valid,
+        cu_seqlens=cu_seqlens,
     )
     return Batch(
         rows,
@@ -249,6 +250,9 @@ def _threshold(
     if config.top_entropy_quantile == 1.0:
         inputs.fail("entropy_threshold", "None without top_entropy_quantile < 1", value)
     if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        if value.device.type == "cpu":
+            # a copy of it to an accelerator would wait
+            return torch.full((), value.item(), dtype=value.dtype, device=device)
         return value.detach().to(device).reshape(())
     if not inputs.is_number(value) or value != value:
         inputs.fail("entropy_threshold", "None or one number (nats)", inputs.describe(value))
@@ -272,17 +276,13 @@ def _advantages(
     if not advantages.is_contiguous():
         strides = f"strides {advantages.stride()}"
         inputs.fail("advantages", "a contiguous tensor (call .contiguous())", strides)
-    packed = len(shape) == 1 and cu_seqlens is not None
-    if packed and cu_seqlens.numel() - 1 == shape[0] and (cu_seqlens.diff() != 1).any():
-        expected = "(N,) or (S,), which are one here: make every sequence one token or none empty"
-        inputs.fail("advantages", expected, f"S = N = {shape[0]} with an empty sequence")
     flat = advantages.detach()
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     if tuple(advantages.shape) == shape:
         return flat.reshape(-1)
     if len(shape) == 2:
         return flat[:, None].expand(shape).reshape(-1)
-    return spread(flat, cu_seqlens.to(device=device, dtype=torch.int64), shape[0])
+    return spread(flat, cu_seqlens, shape[0])
 
 
 def _check_denominator(denominator: Tensor | float | int | None) -> None:

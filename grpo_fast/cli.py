@@ -1,4 +1,4 @@
-"""The command line: grpo-fast train | doctor. Errors are one sentence and exit code 2."""
+"""The command line: grpo-fast train | plan | doctor. Errors are one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ GRPO for language models through fused losses.
 
 commands:
   train    train a model; without options, the embedded demo
+  plan     which route the loss takes for a shape, its FLOPs and its bytes
   doctor   which backend runs and why, versions, a numerical self-test
 """
 _EPILOG = f"""\
-grpo-fast train --help and grpo-fast doctor --help say more. Errors are one sentence; --debug, or
+Each command has --help, e.g. grpo-fast plan --help. Errors are one sentence; --debug, or
 {DEBUG}=1 in the environment, shows the traceback.
 """
 
@@ -72,20 +73,26 @@ def _sentence(error: Exception) -> str:
 def _dispatch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="grpo-fast",
-        usage="grpo-fast [--version] [--debug] train|doctor [options]",
+        usage="grpo-fast [--version] [--debug] train|plan|doctor [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"grpo_fast {__version__}")
-    commands = {"train": _train, "doctor": _doctor}
+    commands = {"train": _train, "plan": _plan, "doctor": _doctor}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     if not argv:
         parser.print_help()
         return 0
     parser.parse_known_args([token for token in argv if token in ("-h", "--help", "--version")])
-    raise ValueError(f"unknown command {argv[0]!r}: expected train or doctor.")
+    raise ValueError(f"unknown command {argv[0]!r}: expected train, plan or doctor.")
+
+
+def _plan(argv: list[str]) -> int:
+    from .plan_shape import run
+
+    return run(argv)
 
 
 def _doctor(argv: list[str]) -> int:

@@ -4,9 +4,10 @@ variants."""
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,8 @@ class LossConfig:
     """Tokens; the constant length that dr_grpo divides by."""
 
     def __post_init__(self) -> None:
+        # under torch.compile one string of all fields is one guard, and no guard on each of them
+        object.__setattr__(self, "text", json.dumps(asdict(self)))
         self._check_names()
         for name, above, none in _NUMBERS:
             _check_number(name, getattr(self, name), 0.0, above=above, none=none)

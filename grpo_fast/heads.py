@@ -44,17 +44,24 @@ class Head:
         bias: (V,) or None.
         softcap: bound of the logits, or None for no bound.
         logit_scale: factor applied before the soft cap.
+        lora: (A (r, H), B (V, r), s) of a LoRA adapter on the head: W + s B A stands for W.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
+    lora: tuple[Tensor, Tensor, float] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """`bias`, `softcap` and `logit_scale` as the keywords that `linear_*` functions take."""
-        return {"bias": self.bias, "softcap": self.softcap, "logit_scale": self.logit_scale}
+        """All but the weight, as the keywords that `linear_*` functions take."""
+        return {
+            "bias": self.bias,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "lora": self.lora,
+        }
 
 
 def innermost(model: nn.Module) -> PreTrainedModel:
@@ -122,19 +129,16 @@ def find_head(model: nn.Module) -> Head:
     Cheap: it is read again on every forward, so a resized or reloaded head is never stale.
 
     Raises:
-        ValueError: the model has no output embedding; an adapter other than a full copy
+        ValueError: the model has no output embedding; an adapter other than LoRA or a full copy
             (`modules_to_save`) sits on it; or its weight is quantized or partitioned away.
     """
     lm = innermost(model)
     module = lm.get_output_embeddings()
     if module is None:
         raise ValueError(f"model: {type(lm).__name__} has no output embedding (lm_head)")
+    lora = None
     if hasattr(module, "base_layer") or hasattr(module, "token_adapter"):
-        raise ValueError(
-            f"model: expected a plain lm_head, got the adapter {type(module).__name__} on "
-            f"{_name_of(lm, module)}; leave it out of target_modules, or train a full copy of it "
-            "with modules_to_save"
-        )
+        module, lora = _adapted(lm, module)
     weight, bias = module.weight, getattr(module, "bias", None)
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
@@ -151,7 +155,34 @@ def find_head(model: nn.Module) -> Head:
     vocab = getattr(text, "unpadded_vocab_size", None) or weight.shape[0]
     if vocab < weight.shape[0]:
         weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
-    return Head(weight, bias, **_transform(lm, text))
+        lora = None if lora is None else (lora[0], lora[1][:vocab], lora[2])
+    return Head(weight, bias, **_transform(lm, text), lora=lora)
+
+
+def _adapted(lm: PreTrainedModel, module: nn.Module) -> tuple[nn.Module, tuple | None]:
+    """The layer under an adapter of the head, and the adapter where it is a plain active LoRA."""
+    base, got = getattr(module, "base_layer", None), type(module).__name__
+    active = [
+        a for a in getattr(module, "active_adapters", ()) if a in getattr(module, "lora_A", ())
+    ]
+    if not hasattr(module, "lora_A") or not isinstance(base, nn.Linear):
+        reason = "is none"
+    elif module.disable_adapters or module.merged or not active:
+        return base, None
+    elif len(active) > 1:
+        reason = f"is {len(active)} at once ({', '.join(active)})"
+    elif active[0] in module.lora_variant or module.lora_B[active[0]].bias is not None:
+        reason = "has more to it (DoRA, a bias or another variant)"
+    elif not isinstance(module.lora_dropout[active[0]], nn.Identity):
+        reason = "has a dropout (expected lora_dropout=0)"
+    else:
+        name = active[0]
+        return base, (module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+    raise ValueError(
+        f"model: expected a plain lm_head or one LoRA adapter on it, got {got} on "
+        f"{_name_of(lm, module)}, which {reason}; leave it out of target_modules, or train a full "
+        "copy of it with modules_to_save"
+    )
 
 
 def _transform(lm: PreTrainedModel, text: Any) -> dict[str, Any]:

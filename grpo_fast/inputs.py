@@ -167,9 +167,11 @@ class Rows:
     """Unmasked tokens, on the host; more than are computed where inactive ones are skipped."""
     lengths: tuple[int, ...] | None = None
     """Rows that may have a gradient in each sequence, on the host, where somebody asked."""
+    ends: Tensor | None = None
+    """(S+1,) on the device: sums of the lengths."""
     poisoned: Tensor | None = None
     """0-d bool on the device, of a call whose counts never reached the host: more unmasked rows
-    than it has room for, or an id outside the vocabulary."""
+    than it has room for, an id outside the vocabulary, or boundaries that are none."""
 
     @property
     def fixed(self) -> bool:
@@ -210,6 +212,8 @@ def flatten(
     skip: bool = False,
     bounds: Tensor | None = None,
     max_rows: int | None = None,
+    valid: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Rows:
     """Check ids against the leading shape and list the rows, with one host sync.
 
@@ -220,6 +224,7 @@ def flatten(
         skip: treat the other rows as if they were masked.
         bounds: (S+1,) sequence boundaries, for `Rows.lengths`.
         max_rows: room for so many rows and no host sync; what does not fit poisons the call.
+        valid: 0-d bool on the device from `boundaries_on`, and the cu_seqlens it is about.
     """
     device = mask.device
     check_tensor("ids", ids, shape, device, floating=False)
@@ -232,21 +237,30 @@ def flatten(
     if max_rows is not None:
         order = torch.argsort(~mask, stable=True)
         poisoned = (mask.sum() > max_rows) | (ids < 0).any() | (ids >= V).any()
+        if valid is not None:
+            poisoned = poisoned | ~valid
         room = (min(max_rows, ids.numel()),) * 3
         return Rows(ids.clamp(0, V - 1), mask, order, *room, poisoned=poisoned)
     order = torch.argsort(2 - kept.to(torch.int8) - useful.to(torch.int8), stable=True)
     if ids.numel() == 0:
+        if valid is not None:
+            _check_boundaries(cu_seqlens.tolist(), 0)
         return Rows(ids, kept, order, 0, 0, 0, () if bounds is not None else None)
-    facts = torch.stack((useful.sum(), kept.sum(), mask.sum(), ids.min(), ids.max()))
+    sane = mask.new_ones((), dtype=torch.long) if valid is None else valid.long()
+    facts = torch.stack((useful.sum(), kept.sum(), mask.sum(), ids.min(), ids.max(), sane))
+    ends = None
     if bounds is not None:
         count = torch.cat((useful.new_zeros(1, dtype=torch.long), useful.long().cumsum(0)))
-        facts = torch.cat((facts, count[bounds].diff()))
+        ends = count[bounds]
+        facts = torch.cat((facts, ends.diff()))
     # one transfer to the host for the whole call
     facts = facts.tolist()
+    if not facts[5]:
+        _check_boundaries(cu_seqlens.tolist(), shape[0])
     if facts[3] < 0 or facts[4] >= V:
         fail("ids", f"token ids in [0, {V})", f"values from {facts[3]} to {facts[4]}")
-    lengths = tuple(facts[5:]) if bounds is not None else None
-    return Rows(ids, kept, order, *facts[:3], lengths)
+    lengths = tuple(facts[6:]) if bounds is not None else None
+    return Rows(ids, kept, order, *facts[:3], lengths, ends)
 
 
 def per_token(
@@ -263,14 +277,11 @@ def per_token(
 
 
 def check_cu_seqlens(
-    cu_seqlens: Tensor | None,
-    shape: tuple[int, ...],
-    device: torch.device,
-    on_device: bool = False,
+    cu_seqlens: Tensor | None, shape: tuple[int, ...], device: torch.device
 ) -> None:
     """(S+1,) integers from 0 to N that never fall, and only for packed (N,) batches.
 
-    on_device: do not look at values on an accelerator.
+    The values only where they are on the host; elsewhere `boundaries_on` sees to them.
     """
     if cu_seqlens is None:
         return
@@ -281,14 +292,43 @@ def check_cu_seqlens(
         fail("cu_seqlens", "integer tensor (S+1,)", describe(cu_seqlens))
     if cu_seqlens.is_meta:
         fail("cu_seqlens", f"a tensor on the host or on {device}", describe(cu_seqlens))
-    if on_device and cu_seqlens.device.type != "cpu":
-        return
-    # boundaries are made on the host in every trainer, so reading them costs no wait there
-    values = cu_seqlens.tolist()
+    if cu_seqlens.device.type == "cpu":
+        _check_boundaries(cu_seqlens.tolist(), shape[0])
+    elif cu_seqlens.numel() == 1 and shape[0]:
+        fail("cu_seqlens", f"boundaries rising from 0 to N = {shape[0]}", describe(cu_seqlens))
+
+
+def _check_boundaries(values: list[int], n: int) -> None:
     if (
         values[0] != 0
-        or values[-1] != shape[0]
+        or values[-1] != n
         or any(a > b for a, b in zip(values, values[1:], strict=False))
     ):
         shown = f"{values[:4]}...{values[-2:]}" if len(values) > 6 else values
-        fail("cu_seqlens", f"boundaries rising from 0 to N = {shape[0]}", shown)
+        fail("cu_seqlens", f"boundaries rising from 0 to N = {n}", shown)
+    if len(values) - 1 == n and values != list(range(n + 1)):
+        expected = "(N,) or (S,), which are one here: make every sequence one token or none empty"
+        fail("advantages", expected, f"S = N = {n} with an empty sequence")
+
+
+def boundaries_on(
+    device: torch.device, cu_seqlens: Tensor | None, shape: tuple[int, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Boundaries (S+1,) int64 on the device of a call, and for those that were there already a 0-d
+    bool: whether they are what `check_cu_seqlens` wants. Nothing is waited for, and what is
+    returned is safe to compute with either way."""
+    if cu_seqlens is None:
+        return None, None
+    if cu_seqlens.device.type == "cpu":
+        # pageable memory is read before the copy returns, pinned memory would be read later
+        pinned = device.type != "cpu" and cu_seqlens.is_pinned()
+        return cu_seqlens.long().to(device, non_blocking=not pinned), None
+    n = shape[0]
+    given = cu_seqlens.to(device).long()
+    if given.numel() - 1 == n:
+        safe = torch.arange(n + 1, device=device)
+    else:
+        # fills, not copies from the host
+        first, last = given.new_zeros(1), given.new_full((1,), n)
+        safe = torch.cat((first, given[1:-1].clamp(0, n), last)).cummax(0).values
+    return safe, (safe == given).all()

@@ -3,41 +3,19 @@ vocabulary-sized work of the library; everything behind it is (N,)."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import gemm, inputs
 from .backend import select
-from .chunks import (
-    HeadGradients,
-    LinearHead,
-    Lora,
-    Needs,
-    autocast_dtype,
-    fp16_scale,
-    no_autocast,
-)
+from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
+from .gradients import HeadGradients, fp16_scale
+from .handover import apply, compilable, once
 from .inputs import Rows
-
-
-def first_order(backward: Callable) -> Callable:
-    """Refuse create_graph=True. torch's `once_differentiable` refuses only where the upstream
-    gradient requires one, and a gradient penalty on logp.sum() would lose its term in silence."""
-
-    @functools.wraps(backward)
-    def checked(ctx, *upstream):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "double backward: grpo_fast has first derivatives only, so create_graph=True would "
-                "leave the second ones out."
-            )
-        return backward(ctx, *upstream)
-
-    return checked
+from .parallel import place
 
 
 class LogProbs(NamedTuple):
@@ -74,6 +52,7 @@ def head_gradients(
     needs: Needs,
     *,
     index: Tensor | None = None,
+    main_grad: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Backward from (dlogp, dlse, dentropy), each (N,): gradients of hidden, weight, bias, A, B.
 
@@ -90,8 +69,9 @@ def head_gradients(
     scale = fp16_scale(head.narrow, size)
     if scale is not None:
         upstream = tuple(None if g is None else g * scale for g in upstream)
-    grads = HeadGradients(head, needs, scale)
-    visit = _by_columns if head.columns_first and n > head.chunk_rows else _by_rows
+    grads = HeadGradients(head, needs, main_grad, scale)
+    columns_first = head.columns_first and needs.weight and n > head.chunk_rows
+    visit = _by_columns if columns_first else _by_rows
     visit(head, ids, stats, upstream, grads, index, n)
     return grads.finish()
 
@@ -161,7 +141,7 @@ class _LinearLogProb(torch.autograd.Function):
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
-    @first_order
+    @once
     def backward(ctx, dlogp, dentropy, dlse):
         *tensors, ids, stats, u = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:
@@ -210,6 +190,7 @@ def _select(upstream, mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None
     return (zero if dlogp is None else dlogp, *others)
 
 
+@compilable
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -223,6 +204,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     entropy: bool = False,
     workspace_bytes: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
 ) -> LogProbs:
     """Log-probs of ids under an lm_head, without ever holding the (N, V) logits.
 
@@ -246,6 +228,11 @@ def linear_logprob(
         entropy: also return the entropy of each distribution.
         workspace_bytes: bound on the temporary memory in bytes; None: room for 2,048 rows and at
             least 1 GiB on CUDA, 384 MiB elsewhere.
+        tp_group: the ranks over which the vocabulary is split: weight (V_r, H), bias (V_r,) and B
+            (V_r, r) are this rank's rows, in the order of the ranks, and all else is the same on
+            every rank. Their gradients stay local, those of hidden and A are the whole ones on
+            every rank. None: a DTensor (FSDP2) is gathered in forward and again in backward, and
+            its gradient averaged over its mesh.
 
     Returns:
         LogProbs, each field shaped like ids, fp32 (fp64 for fp64 inputs), 0 where masked.
@@ -253,14 +240,16 @@ def linear_logprob(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
     """
+    placed = place(hidden, weight, bias, tp_group, workspace_bytes, ids=ids, mask=mask)
+    weight, bias = placed.weight, placed.bias
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
     lora = inputs.check_lora(lora, hidden, weight)
-    backend = select(hidden.device)
+    backend = placed.rows(select(hidden.device))
     inputs.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
     flat_mask = inputs.flat_mask(mask, shape, hidden.device)
     temperature, inverse = inputs.check_temperature(temperature, shape, flat_mask)
-    rows = inputs.flatten(ids, flat_mask, weight.shape[0], shape)
+    rows = inputs.flatten(ids, flat_mask, placed.V, shape)
     options = {
         "backend": backend,
         "workspace_bytes": workspace_bytes,
@@ -270,9 +259,12 @@ def linear_logprob(
         "inv_temperature": inverse,
         "autocast_dtype": autocast_dtype(hidden),
         "lora_scale": lora[2],
+        "shard": placed.shard,
     }
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logp, ent, lse = _LinearLogProb.apply(flat, weight, bias, *lora[:2], rows.ids, rows, options)
+    head = (flat, weight, bias, *lora[:2])
+    with placed.saved():
+        logp, ent, lse = apply(_LinearLogProb, *head, rows.ids, rows, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))
 
 
@@ -290,7 +282,7 @@ class _LogProb(torch.autograd.Function):
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
-    @first_order
+    @once
     def backward(ctx, dlogp, dentropy, dlse):
         logits, ids, active, stats = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:
@@ -312,6 +304,7 @@ class _LogProb(torch.autograd.Function):
         return out, None, None, None
 
 
+@compilable
 def logprob(
     logits: Tensor,
     ids: Tensor,
@@ -348,5 +341,5 @@ def logprob(
     cube = logits if logits.dim() == 3 else logits[None]
     active = None if mask is None else rows.mask
     options = {"inv_temperature": 1.0 / temperature if inverse is None else inverse}
-    logp, ent, lse = _LogProb.apply(cube, rows.ids, active, options)
+    logp, ent, lse = apply(_LogProb, cube, rows.ids, active, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))

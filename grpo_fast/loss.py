@@ -1,64 +1,24 @@
-"""The policy loss, sum(weight * token_loss), from logits or from hidden states and the lm_head."""
+"""The policy loss, sum(weight * token_loss), from hidden states and the lm_head."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import inputs, routes
-from .backend import Backend, select
-from .batch import Batch, objective_arguments, prepare, rollout_arguments
-from .chunks import LinearHead, Lora, Needs, autocast_dtype, fp16_scale, no_autocast
+from .attach import Attach
+from .backend import select
+from .batch import Batch, prepare
+from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
 from .config import LossConfig
-from .logprob import first_order, head_stats
+from .handover import apply, compilable, wanted
+from .logprob import head_stats
 from .metrics import summarize
+from .parallel import Placement, place
 from .plan import Facts, Plan, choose
-from .terms import evaluate, named_terms
-
-
-class _Attach(torch.autograd.Function):
-    """Give a finished loss its gradients: backward only multiplies by the upstream scalar."""
-
-    @staticmethod
-    def forward(ctx, loss, gradients, scale, *tensors):
-        ctx.gradients, ctx.scale = list(gradients), scale
-        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
-        return loss.clone()
-
-    @staticmethod
-    @first_order
-    def backward(ctx, upstream):
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "this loss computed its gradients in the forward pass and gave them to the first "
-                "backward; call the loss again for a second one (retain_graph cannot help)."
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        factor = upstream if ctx.scale is None else upstream / ctx.scale
-        out = []
-        while gradients:
-            grad = gradients.pop(0)
-            dtype = ctx.dtypes[-1 - len(gradients)]
-            out.append(None if grad is None else _scaled(grad, factor).to(dtype))
-        return (None, None, None, *out)
-
-
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor in place: the buffer is ours, and a copy of dweight would double the peak.
-
-    Half precision goes through fp32, 256 rows at a time: a loss scale of 65536 is inf in fp16.
-    """
-    # reading the factor makes a GPU wait, and a CPU save a pass
-    if grad.is_cpu and factor.item() == 1.0:
-        return grad
-    if grad.dtype.itemsize >= 4:
-        return grad.mul_(factor.to(grad.dtype))
-    for plane in grad if grad.dim() == 3 else grad[None]:
-        for rows in plane.split(256):
-            rows.copy_(rows.float().mul_(factor))
-    return grad
 
 
 def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
@@ -85,10 +45,11 @@ def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
         top_share=config.top_entropy_quantile,
         chunk_rows=head.chunk_rows,
         fixed=rows.fixed,
-        columns_first=head.columns_first and rows.n_gradient > head.chunk_rows,
+        columns_first=head.columns_first and needs.weight and rows.n_gradient > head.chunk_rows,
     )
 
 
+@compilable
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -112,7 +73,10 @@ def linear_policy_loss(
     denominator: Tensor | float | int | None = None,
     skip_inactive_forward: bool = False,
     max_rows: int | None = None,
+    main_grad: Tensor | None = None,
+    grad_scale: float = 1.0,
     workspace_bytes: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
     explain: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]] | Plan:
     """GRPO-family loss from hidden states and the lm_head, without ever holding the (N, V) logits.
@@ -122,7 +86,8 @@ def linear_policy_loss(
     adapter are computed in the forward pass (skipped under `torch.no_grad`) and kept for one
     backward. fp32 logits, statistics and accumulators; each gradient is downcast once. Masked rows
     enter no product; rows that cannot have a gradient (advantage 0 without a KL or an entropy
-    bonus) enter only the forward one. `plan.py` lists the routes and what they cost.
+    bonus) enter only the forward one. `plan.py` lists the routes and what they cost. torch.compile
+    sees one op, without main_grad, tp_group and explain.
 
     Args:
         hidden: (B, T, H) or packed (N, H); hidden[..., t, :] predicts ids[..., t].
@@ -155,10 +120,19 @@ def linear_policy_loss(
             The loss and the gradients are the same; metrics are then means over the others.
         max_rows: room for so many unmasked rows. Nothing is read back from the device then, as CUDA
             graphs ask; the loss is NaN when there are more, or an id is outside the vocabulary.
+        main_grad: (V, H) fp32, e.g. `weight.grad` of an fp32 weight, or the main gradient of a
+            half-precision one, also when it is tied to an embedding: the gradient of the weight is
+            added to it here, in the forward pass, and autograd has none for the weight. It saves
+            a buffer of that size, and a pass over it.
+        grad_scale: with main_grad, the factor with which backward will reach this loss (a loss
+            scale, or 1 / accumulation steps). Another one raises there (on an accelerator the other
+            gradients are NaN).
         workspace_bytes: bound in bytes on the logits and the scratch of one call, on top of the
             fp32 gradients of hidden and weight (and, under CUDA autocast, their cast copies); None:
             room for 2,048 rows and at least 1 GiB on CUDA, 384 MiB elsewhere. It is kept for the
             next call: `chunks.release_workspace` gives it back.
+        tp_group: the ranks over which the vocabulary is split, as in `linear_logprob`; None: a
+            DTensor (FSDP2) is gathered, and its gradient averaged over its mesh in backward.
         explain: compute nothing and return the `Plan`: the route, its FLOPs and its bytes.
 
     Returns:
@@ -169,15 +143,20 @@ def linear_policy_loss(
         RuntimeError: on a second backward through one loss.
     """
     config = LossConfig() if config is None else config
+    where = (tp_group, workspace_bytes)
+    placed = place(hidden, weight, bias, *where, ids=ids, mask=mask, advantages=advantages)
+    weight, bias = placed.weight, placed.bias
+    if isinstance(ref_weight, Tensor):
+        ref_weight = place(ref_hidden, ref_weight, None, *where).weight
     inputs.check_head(hidden, weight, bias, softcap, logit_scale)
     lora_A, lora_B, lora_scale = inputs.check_lora(lora, hidden, weight)
     inputs.check_reference(ref_logp, ref_hidden, ref_weight, hidden, weight)
-    backend = select(hidden.device)
+    backend = placed.rows(select(hidden.device))
     inputs.check_precision("hidden", hidden, backend.name)
-    shape = tuple(hidden.shape[:-1])
+    _check_main_grad(main_grad, grad_scale, weight, placed)
     batch = prepare(
-        shape,
-        weight.shape[0],
+        tuple(hidden.shape[:-1]),
+        placed.V,
         hidden.device,
         ids=ids,
         advantages=advantages,
@@ -195,192 +174,82 @@ def linear_policy_loss(
         has_ref=ref_hidden is not None,
     )
     tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_A, lora_B)
-    wanted = torch.is_grad_enabled()
-    needs = Needs(*(wanted and t is not None and t.requires_grad for t in tensors))
+    needs = Needs(*wanted(*tensors))
     options = {
         "backend": backend,
         "workspace_bytes": workspace_bytes,
         "softcap": softcap,
         "logit_scale": float(logit_scale),
-        "temperature": float(config.temperature),
         "autocast_dtype": autocast_dtype(hidden),
-        "inv_temperature": batch.inv_temperature,
-        "mask": batch.rows.mask if batch.rows.fixed else None,
+        "shard": placed.shard,
+        "lora": None if lora is None else Lora(lora_A, lora_B, lora_scale),
+        **_options_of(batch),
     }
     with torch.no_grad(), no_autocast(hidden.device):
-        adapter = None if lora is None else Lora(lora_A, lora_B, lora_scale)
-        head = LinearHead(*tensors[:3], lora=adapter, **options)
+        head = LinearHead(*tensors[:3], **options)
         if ref_hidden is not None:
+            ref = (ref_hidden, weight if ref_weight is None else ref_weight, bias)
             # a stand-in where only the plan is wanted
-            ref = batch.weights
-            if not explain:
-                ref = _reference(ref_hidden, ref_weight, weight, bias, batch, options)
-            batch = replace(batch, ref_logp=ref)
+            logp = batch.weights if explain else _reference(*ref, batch, {**options, "lora": None})
+            batch = replace(batch, ref_logp=logp)
         plan = choose(facts_of(head, batch, needs))
         if explain:
             return plan
-        terms, gradients = routes.run(plan.route, head, batch, needs)
+        if main_grad is not None:
+            batch = replace(batch, weights=batch.weights * grad_scale)
+        terms, gradients = routes.run(plan.route, head, batch, needs, main_grad)
         loss, metrics = summarize(terms, batch)
-    return (_Attach.apply(loss, gradients, None, *tensors) if any(needs) else loss), metrics
+    done = _unscaled(loss, metrics, gradients, None if main_grad is None else grad_scale)
+    return (apply(Attach, *done, *tensors) if any(needs) else done[0]), metrics
+
+
+def _options_of(batch: Batch) -> dict[str, object]:
+    """What a `LinearHead` has to know of the batch."""
+    return {
+        "temperature": float(batch.config.temperature),
+        "inv_temperature": batch.inv_temperature,
+        "mask": batch.rows.mask if batch.rows.fixed else None,
+    }
+
+
+def _unscaled(
+    loss: Tensor, metrics: dict[str, Tensor], gradients: routes.Gradients, grad_scale: float | None
+) -> tuple[Tensor, routes.Gradients, Tensor | None, float | None]:
+    """The arguments of `Attach`, for a loss and gradients that may have grad_scale in them."""
+    if grad_scale is None:
+        return loss, gradients, None, None
+    loss = loss / grad_scale
+    metrics["loss"] = loss.clone()
+    return loss, gradients, torch.full_like(loss, grad_scale), float(grad_scale)
+
+
+def _check_main_grad(
+    main_grad: Tensor | None, grad_scale: float, weight: Tensor, placed: Placement
+) -> None:
+    """fp32 (V, H), contiguous, for a weight that is trained and whole (or a shard) here."""
+    if not inputs.is_number(grad_scale) or not 0 < abs(grad_scale) < float("inf"):
+        inputs.fail("grad_scale", "a finite number other than 0", repr(grad_scale))
+    if main_grad is None:
+        if grad_scale != 1.0:
+            inputs.fail("grad_scale", "1.0 without main_grad", grad_scale)
+        return
+    if placed.sources:
+        inputs.fail("main_grad", "None for a weight that is gathered", inputs.describe(main_grad))
+    if not weight.requires_grad:
+        inputs.fail("main_grad", "None for a frozen weight", inputs.describe(main_grad))
+    inputs.check_tensor("main_grad", main_grad, tuple(weight.shape), weight.device)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if main_grad.dtype != dtype or not main_grad.is_contiguous() or main_grad.requires_grad:
+        expected = f"a contiguous {dtype} tensor that needs no gradient"
+        inputs.fail("main_grad", expected, inputs.describe(main_grad))
 
 
 def _reference(
-    ref_hidden: Tensor,
-    ref_weight: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    batch: Batch,
-    options: dict,
+    ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None, batch: Batch, options: dict
 ) -> Tensor:
     """Log-probs (N,) of the reference, by the same operations as those of the policy: with equal
     weights the KL is exactly 0."""
     flat = ref_hidden.reshape(-1, ref_hidden.shape[-1])
-    head = LinearHead(flat, weight if ref_weight is None else ref_weight, bias, **options)
+    head = LinearHead(flat, ref_weight, bias, **options)
     rows = batch.rows
     return head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)[0]
-
-
-def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, options):
-    dtype = torch.promote_types(cube.dtype, torch.float32)
-    ids = batch.rows.ids
-    stats = torch.empty(4, ids.numel(), dtype=dtype, device=ids.device)
-    backend.logprob_fwd(cube, ids, stats, active=active, **options)
-    terms = evaluate(batch, stats)
-    scale = None
-    if out is not None:
-        dlogp, dentropy = terms.dlogp, terms.dentropy
-        size = dlogp.abs() if dentropy is None else dlogp.abs() + dentropy.abs()
-        scale = fp16_scale(cube.dtype, size)
-        if scale is not None:
-            dlogp = dlogp * scale
-            dentropy = None if dentropy is None else dentropy * scale
-        backend.logprob_bwd(
-            cube, ids, stats, dlogp, out, dentropy=dentropy, active=size != 0, **options
-        )
-    return terms, scale
-
-
-def _logits_one_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, options):
-    dtype = torch.promote_types(cube.dtype, torch.float32)
-    ids = batch.rows.ids
-    terms = torch.empty(6, ids.numel(), dtype=dtype, device=ids.device)
-    fields = batch.listed(None, dtype)
-    more = rollout_arguments(batch, fields["rollout_logp"])
-    if batch.config.entropy_coef > 0:
-        more["entropy_coef"] = batch.config.entropy_coef
-    backend.policy(
-        cube,
-        ids,
-        fields["advantages"],
-        fields["weights"],
-        terms,
-        out,
-        old_logp=fields["old_logp"],
-        ref_logp=fields["ref_logp"],
-        active=active,
-        **options,
-        **more,
-        **objective_arguments(batch.config),
-    )
-    return named_terms(terms, batch, None, batch.rows.mask), None
-
-
-def _check_inplace(logits: Tensor) -> None:
-    """A gradient may be written over logits that are no leaf and whose rows do not overlap."""
-    if logits.is_leaf:
-        inputs.fail("logits", "a non-leaf tensor with inplace=True", "a leaf that requires grad")
-    if logits.numel() == 0:
-        return
-    reach = logits.shape[-1]
-    pairs = zip(logits.stride()[:-1], logits.shape[:-1], strict=True)
-    for stride, n in sorted(pair for pair in pairs if pair[1] > 1):
-        if stride < reach:
-            got = f"strides {logits.stride()}"
-            inputs.fail("logits", "rows that do not overlap with inplace=True", got)
-        reach += stride * (n - 1)
-
-
-def policy_loss(
-    logits: Tensor,
-    ids: Tensor,
-    advantages: Tensor,
-    *,
-    config: LossConfig | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    rollout_logp: Tensor | None = None,
-    temperature: Tensor | None = None,
-    entropy_threshold: Tensor | float | None = None,
-    denominator: Tensor | float | int | None = None,
-    skip_inactive_forward: bool = False,
-    max_rows: int | None = None,
-    inplace: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO-family loss from given logits, with logp = log_softmax(logits / temperature)[ids].
-
-    Where a token's derivative needs its own log-prob alone, one launch reads each row, evaluates
-    the objective and writes its gradient. Arithmetic in fp32 whatever the logits are stored in; the
-    gradient has their dtype.
-
-    Args:
-        logits: (B, T, V) or packed (N, V), stride 1 over V; other strides are free (`logits[:,
-            :-1]`).
-        inplace: write the gradient over the logits (saves N V elements). Autograd is told: another
-            use of the logits in backward raises.
-        max_rows: anything but None: nothing is read back from the device (`linear_policy_loss`).
-        Others: as in `linear_policy_loss`.
-
-    Returns:
-        loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.
-
-    Raises:
-        ValueError: an argument of the wrong shape, dtype, device or range; it is named.
-        RuntimeError: on a second backward through one loss.
-    """
-    config = LossConfig() if config is None else config
-    inputs.check_logits(logits)
-    backend = select(logits.device)
-    inputs.check_precision("logits", logits, backend.name)
-    needed = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and needed:
-        _check_inplace(logits)
-    shape = tuple(logits.shape[:-1])
-    batch = prepare(
-        shape,
-        logits.shape[-1],
-        logits.device,
-        ids=ids,
-        advantages=advantages,
-        config=config,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        rollout_logp=rollout_logp,
-        temperature=temperature,
-        entropy_threshold=entropy_threshold,
-        denominator=denominator,
-        skip_inactive_forward=skip_inactive_forward,
-        max_rows=max_rows,
-        has_ref=False,
-    )
-    with torch.no_grad():
-        cube = logits.detach() if logits.dim() == 3 else logits.detach()[None]
-        out = None
-        if needed:
-            out = cube if inplace else torch.empty_like(cube, memory_format=torch.contiguous_format)
-        whole = mask is None and batch.rows.n_unmasked == batch.rows.n_tokens
-        active = None if whole else batch.rows.mask
-        one_pass = not (batch.per_sequence or batch.per_batch) and logits.dtype != torch.float16
-        route = _logits_one_pass if one_pass else _logits_two_pass
-        inverse = batch.inv_temperature
-        options = {"inv_temperature": 1.0 / config.temperature if inverse is None else inverse}
-        terms, scale = route(backend, cube, batch, active, out, options)
-        if needed and inplace:
-            torch.autograd.graph.increment_version(logits)
-        loss, metrics = summarize(terms, batch)
-    if not needed:
-        return loss, metrics
-    return _Attach.apply(loss, (out.view(logits.shape),), scale, logits), metrics

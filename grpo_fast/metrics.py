@@ -10,6 +10,19 @@ from .batch import Batch
 from .objectives import LOG_RATIO_LIMIT
 from .terms import Terms
 
+COUNTS = ("tokens", "active_rows", "nonfinite_tokens", "clamped_ratios", "rollout_missing")
+
+
+def names(has_ref: bool, has_rollout: bool) -> tuple[str, ...]:
+    """The metrics of a call with and without reference and rollout log-probs, in their order."""
+    out = ["loss", "entropy", "clip_low", "clip_high", "clip_ratio"]
+    out += ["ratio_mean", "ratio_min", "ratio_max", *COUNTS[:4]]
+    if has_ref:
+        out.append("kl")
+    if has_rollout:
+        out += ["rollout_gap", "rollout_ratio_max", "rollout_missing"]
+    return tuple(out)
+
 
 def summarize(terms: Terms, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the losses, and metrics over the unmasked tokens (means unless said otherwise).

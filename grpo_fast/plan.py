@@ -9,6 +9,14 @@ rows of which g may have a gradient and a have one:
     frozen head    2n + 2g       the forward also keeps dlogp / dhidden; backward scales its rows
 
 2NHV less per row of g or a where hidden or the weight needs no gradient.
+
+An accelerator makes the host wait once in a call, for the counts of rows (`inputs.flatten`), and
+two passes wait once more, for the rows that have a derivative: how many is known after the first
+pass only, and the second is that much shorter. With max_rows nothing is waited for, and rows
+without a derivative are zeros in the products. Boundaries on the host or the device, numbers on
+the host and backward add nothing; a vocabulary over several ranks adds the comparison of their
+arguments. The row functions of `torch_backend`, for accelerators without our kernels, look at the
+mask of each block of logits that comes with one: with max_rows or from logits, they wait there.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, objective_arguments, rollout_arguments
-from .chunks import Chunk, HeadGradients, LinearHead, Needs, compact, fp16_scale
+from .chunks import Chunk, LinearHead, Needs
+from .gradients import HeadGradients, compact, fp16_scale
 from .logprob import head_gradients, head_stats
 from .terms import Terms, evaluate, named_terms
 
@@ -18,17 +19,22 @@ Derivative = Callable[[Chunk, Tensor], tuple[Tensor, Tensor | None]]
 NONE: Gradients = [None] * 5
 
 
-def run(route: str, head: LinearHead, batch: Batch, needs: Needs) -> tuple[Terms, Gradients]:
-    """Terms of the computed rows, and fp32 gradients of hidden, weight, bias, A and B."""
+def run(
+    route: str, head: LinearHead, batch: Batch, needs: Needs, main_grad: Tensor | None = None
+) -> tuple[Terms, Gradients]:
+    """Terms of the computed rows, and fp32 gradients of hidden, weight, bias, A and B.
+
+    main_grad: where the gradient of the weight is added; None then stands in its place.
+    """
     if route == "one_pass" or (route == "forward_only" and not _whole(batch)):
-        return one_pass(head, batch, needs)
+        return one_pass(head, batch, needs, main_grad)
     return {
         "forward_only": two_passes,
         "known_derivative": known_derivative,
         "whole_sequences": whole_sequences,
         "frozen_head": frozen_head,
         "two_passes": two_passes,
-    }[route](head, batch, needs)
+    }[route](head, batch, needs, main_grad)
 
 
 def _whole(batch: Batch) -> bool:
@@ -56,7 +62,9 @@ def add_active(
     grads.add(hidden, dlogits, place)
 
 
-def one_pass(head: LinearHead, batch: Batch, needs: Needs) -> tuple[Terms, Gradients]:
+def one_pass(
+    head: LinearHead, batch: Batch, needs: Needs, main_grad: Tensor | None
+) -> tuple[Terms, Gradients]:
     """Logits of a chunk -> objective -> dlogits in their place -> products, all in one visit."""
     rows = batch.rows
     index = rows.unmasked_index
@@ -68,7 +76,7 @@ def one_pass(head: LinearHead, batch: Batch, needs: Needs) -> tuple[Terms, Gradi
     # (4, n) terms plus dlogp and ratio; see kernels/policy.py
     terms = torch.empty(6, rows.n_unmasked, dtype=head.dtype, device=ids.device)
     n_gradient = rows.n_gradient if any(needs) else 0
-    grads = HeadGradients(head, needs)
+    grads = HeadGradients(head, needs, main_grad)
     config = batch.config
     options = objective_arguments(config)
     if config.entropy_coef > 0:
@@ -109,6 +117,7 @@ def in_pass(
     batch: Batch,
     needs: Needs,
     derivative: Derivative,
+    main_grad: Tensor | None,
     *,
     cuts: list[int] | None = None,
     scale: Tensor | None = None,
@@ -118,7 +127,7 @@ def in_pass(
     rows = batch.rows
     index = rows.unmasked_index
     stats = torch.zeros(4, rows.ids.numel(), dtype=head.dtype, device=rows.ids.device)
-    grads = HeadGradients(head, needs, scale)
+    grads = HeadGradients(head, needs, main_grad, scale)
 
     def visit(start: int, stop: int, ends: list[int] | None, backward: bool) -> None:
         listed = None if index is None else index[start:stop]
@@ -144,7 +153,9 @@ def in_pass(
     return stats, grads.finish()
 
 
-def known_derivative(head: LinearHead, batch: Batch, needs: Needs) -> tuple[Terms, Gradients]:
+def known_derivative(
+    head: LinearHead, batch: Batch, needs: Needs, main_grad: Tensor | None
+) -> tuple[Terms, Gradients]:
     """On-policy: the ratio is 1, and the derivative of every loss is known before the pass."""
     n = batch.rows.ids.numel()
     # at log-probs of 0: none of the derivatives depends on them
@@ -158,54 +169,55 @@ def known_derivative(head: LinearHead, batch: Batch, needs: Needs) -> tuple[Term
         return guess.dlogp[chunk.place], bonus
 
     scale = fp16_scale(head.narrow, size)
-    stats, grads = in_pass(head, batch, needs, derivative, scale=scale)
+    stats, grads = in_pass(head, batch, needs, derivative, main_grad, scale=scale)
     return evaluate(batch, stats), grads
 
 
-def whole_sequences(head: LinearHead, batch: Batch, needs: Needs) -> tuple[Terms, Gradients]:
+def whole_sequences(
+    head: LinearHead, batch: Batch, needs: Needs, main_grad: Tensor | None
+) -> tuple[Terms, Gradients]:
     """A derivative needs its sequence: chunks end where sequences end."""
-    lengths = [n for n in batch.rows.lengths if n]
-    cuts, ends = [], []
-    start = stop = 0
-    members: list[int] = []
-    for n in lengths:
-        if stop + n - start > head.chunk_rows:
+    lengths, ends = batch.rows.lengths, batch.rows.ends
+    cuts, members = [], {}
+    first = start = stop = 0
+    for sequence, n in enumerate((*lengths, head.chunk_rows + 1)):
+        if stop + n - start > head.chunk_rows and stop > start:
             cuts.append(stop)
-            ends.append(members)
-            start, members = stop, []
+            members[start] = slice(first, sequence + 1)
+            first, start = sequence, stop
         stop += n
-        members.append(n)
-    if members:
-        cuts.append(stop)
-        ends.append(members)
-    by_start = {cut - sum(m): m for cut, m in zip(cuts, ends, strict=True)}
 
     def derivative(chunk: Chunk, own: Tensor) -> tuple[Tensor, Tensor | None]:
         place = chunk.place
         if isinstance(place, slice):
             place = torch.arange(place.start, place.stop, device=own.device)
-        sizes = torch.tensor([0, *by_start[chunk.rows.start]]).cumsum(0).to(own.device)
+        sizes = ends[members[chunk.rows.start]]
+        sizes = sizes - sizes[0]
         terms = evaluate(batch.part(place, sizes), own)
         return terms.dlogp, terms.dentropy
 
-    stats, grads = in_pass(head, batch, needs, derivative, cuts=cuts)
+    stats, grads = in_pass(head, batch, needs, derivative, main_grad, cuts=cuts)
     return evaluate(batch, stats), grads
 
 
-def frozen_head(head: LinearHead, batch: Batch, needs: Needs) -> tuple[Terms, Gradients]:
+def frozen_head(
+    head: LinearHead, batch: Batch, needs: Needs, main_grad: Tensor | None
+) -> tuple[Terms, Gradients]:
     """The forward keeps u = dlogp / dhidden of every row; the gradient is a row scale of it."""
 
     def one(_: Chunk, own: Tensor) -> tuple[Tensor, None]:
         return torch.ones_like(own[0]), None
 
-    stats, (u, *_) = in_pass(head, batch, needs, one)
+    stats, (u, *_) = in_pass(head, batch, needs, one, main_grad)
     terms = evaluate(batch, stats)
     dlogp = terms.dlogp[:, None]
     u = torch.where(dlogp == 0, torch.zeros_like(u), u.mul_(dlogp))
     return terms, [u, *NONE[1:]]
 
 
-def two_passes(head: LinearHead, batch: Batch, needs: Needs) -> tuple[Terms, Gradients]:
+def two_passes(
+    head: LinearHead, batch: Batch, needs: Needs, main_grad: Tensor | None
+) -> tuple[Terms, Gradients]:
     """Log-probs of all rows, the objective on (N,), backward on the rows that have a derivative."""
     rows = batch.rows
     stats = head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)
@@ -214,5 +226,5 @@ def two_passes(head: LinearHead, batch: Batch, needs: Needs) -> tuple[Terms, Gra
         return terms, NONE
     upstream = (terms.dlogp, None, terms.dentropy)
     fixed = rows.unmasked_index if rows.fixed else None
-    return terms, head_gradients(head, rows.ids, stats, upstream, needs, index=fixed)
-
+    options = {"index": fixed, "main_grad": main_grad}
+    return terms, head_gradients(head, rows.ids, stats, upstream, needs, **options)

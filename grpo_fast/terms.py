@@ -44,9 +44,8 @@ def named_terms(terms: Tensor, batch: Batch, index: Tensor | None, mask: Tensor 
         gap = gap[index]
     elif gap is None and fields["rollout_logp"] is not None:
         gap = terms[1] - fields["rollout_logp"]
-    dentropy = None
-    if batch.config.entropy_coef > 0:
-        dentropy = -batch.config.entropy_coef * fields["weights"]
+    coef = batch.config.entropy_coef
+    dentropy = -coef * fields["weights"] if coef > 0 else None
     return Terms(*terms, log_ratio, fields["advantages"], mask, dentropy, gap)
 
 

@@ -119,7 +119,8 @@ def _store_gradient(
     logp, entropy, peak, log_sum = stats
     scale, softcap, inv_temperature = chain
     inner = scale * inv_temperature
-    target = ids[:, None]
+    # -1: the target is a column of another rank's logits, and no column here is special
+    target = ids.clamp(min=0)[:, None]
     norm = torch.exp(-log_sum)
     by_p = -dlogp if dlse is None else dlse - dlogp
     at_target = dlogp * -torch.expm1(logp)
@@ -137,7 +138,8 @@ def _store_gradient(
         at_target = at_target - torch.where(p_target > 0, dentropy * p_target * gap, 0.0)
         factor = (z - mean[:, None]).mul_(-dentropy[:, None]).add_(by_p[:, None])
         torch.mul(p, factor.mul_((norm * inner)[:, None]), out=grad)
-    grad.scatter_(1, target, (at_target * inner)[:, None])
+    value = torch.where(ids[:, None] < 0, grad.gather(1, target), (at_target * inner)[:, None])
+    grad.scatter_(1, target, value)
     if softcap is not None:
         tanh = (z + peak[:, None]).div_(_column(softcap * inv_temperature))
         grad.mul_(tanh.square_().neg_().add_(1.0))

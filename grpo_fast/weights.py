@@ -26,7 +26,8 @@ def sequence_sum(values: Tensor, bounds: Tensor) -> Tensor:
     values."""
     if values.numel() == 0:
         return values.new_zeros(bounds.numel() - 1)
-    return torch.segment_reduce(values, "sum", offsets=bounds, axis=0, initial=0.0)
+    # unsafe: nothing of the boundaries, which `inputs` has checked, is read back from the device
+    return torch.segment_reduce(values, "sum", offsets=bounds, axis=0, unsafe=True, initial=0.0)
 
 
 def spread(values: Tensor, bounds: Tensor, n: int) -> Tensor:
@@ -72,6 +73,9 @@ def token_weights(
     scheme = config.weights
     if denominator is None:
         denominator = mask.sum() if AGGREGATIONS[scheme] == "tokens" else bounds.numel() - 1
+    if isinstance(denominator, Tensor) and denominator.device.type == "cpu":
+        # a copy of it to an accelerator would wait
+        denominator = denominator.item()
     if not isinstance(denominator, Tensor):
         denominator = torch.full((), denominator, device=mask.device, dtype=dtype)
     total = denominator.to(mask.device, dtype).reshape(())

@@ -18,9 +18,7 @@ WORKSPACE = FIXED_BYTES + (128 << 10)
 
 def reference_loss(hidden, weight, ids, advantages, config, mask, old, ref):
     """Full logits in fp32 and autograd."""
-    return of_logits(
-        reference.head_logits(hidden, weight), ids, advantages, config, mask, old, ref
-    )
+    return of_logits(reference.head_logits(hidden, weight), ids, advantages, config, mask, old, ref)
 
 
 def of_logits(logits: Tensor, ids, advantages, config: LossConfig, mask, old, ref):

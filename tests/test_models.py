@@ -240,12 +240,6 @@ def test_goes_through_peft_and_sees_the_adapter():
     assert trained and all("lora" in name for name in trained)
 
 
-def test_an_adapter_on_the_head_is_refused_by_name():
-    model = lora(tiny(), target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match=r"adapter Linear on lm_head;.*modules_to_save"):
-        attach(model)
-
-
 def test_a_full_copy_of_the_head_is_the_head():
     model = lora(tiny(), modules_to_save=["lm_head"])
     attach(model)

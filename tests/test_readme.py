@@ -1,21 +1,41 @@
-"""The README's snippets run and its variants table is PRESETS.
+"""The README's snippets run, and its tables of variants and of products are what the code says.
 
-`python tests/test_readme.py` writes the table anew.
+`python tests/test_readme.py` writes the tables anew.
 """
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
+from test_flops import TABLE, measured
 
 from grpo_fast import PRESETS
 from grpo_fast.config import AGGREGATIONS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-MARKS = (
+VARIANTS = (
     "<!-- variants: written by tests/test_readme.py from PRESETS; do not edit -->",
     "<!-- end of variants -->",
 )
+PRODUCTS = (
+    "<!-- products: written by tests/test_readme.py; do not edit -->",
+    "<!-- end of products -->",
+)
+_TRL_EIGHT = dict.fromkeys(
+    ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"), "yes"
+)
+# read in the packages' code; what is not named is not there
+PEERS = {
+    "TRL 1.16": {**_TRL_EIGHT, "gspo": "level", "gmpo": "experimental", "rloo": "yes"},
+    "Liger 0.8.5": {**_TRL_EIGHT, "gspo": "level"},
+    "verl 0.9.1": {
+        **dict.fromkeys(("cispo", "sapo", "gspo_token", "gmpo", "ppo", "gpg"), "yes"),
+        **dict.fromkeys(("dapo", "dr_grpo", "grpo", "dppo_tv", "dppo_kl", "reinforce"), "yes"),
+        "rloo": "advantage",
+    },
+    "unsloth-zoo 2026.10": {**_TRL_EIGHT, "gspo": "level"},
+}
 
 
 def snippets() -> list[str]:
@@ -23,22 +43,42 @@ def snippets() -> list[str]:
 
 
 def variants_table() -> str:
-    lines = [
-        "| `loss_type` | objective | weights | denominator | source |",
-        "|---|---|---|---|---|",
-    ]
+    names = ("`loss_type`", "objective", "ratio", "aggregation", "denominator", *PEERS, "source")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, preset in PRESETS.items():
         scope = "accumulation window, all ranks" if preset.window else "micro-batch"
         unit = AGGREGATIONS[preset.weights]
-        scheme = preset.weights.replace("_", " ")
-        cells = (f"`{name}`", preset.objective, scheme, f"{unit} of the {scope}", preset.source)
+        levels = ", ".join(preset.levels).replace("_", " ") or "none"
+        cells = (
+            f"`{name}`",
+            preset.objective,
+            levels,
+            preset.weights.replace("_", " "),
+            f"{unit} of the {scope}",
+            *(peer.get(name, "-") for peer in PEERS.values()),
+            preset.source,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def test_variants_table_is_presets():
+def products_table() -> str:
+    lines = ["| case | measured | bound |", "|---|---|---|"]
+    for name, *case, bound in TABLE:
+        lines.append(f"| {name} | {measured(*case):.2f} | {bound} |")
+    with torch.no_grad():
+        lines.append(f"| `torch.no_grad` | {measured('dapo', 1.0, False, False):.2f} | 2.1 |")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("marks, table", [(VARIANTS, variants_table), (PRODUCTS, products_table)])
+def test_tables_are_what_the_code_says(marks, table):
     text = README.read_text(encoding="utf-8")
-    assert text.split(MARKS[0])[1].split(MARKS[1])[0].strip() == variants_table()
+    assert text.split(marks[0])[1].split(marks[1])[0].strip() == table()
+
+
+def test_peers_are_compared_by_names_that_exist():
+    assert {name for peer in PEERS.values() for name in peer} <= set(PRESETS)
 
 
 def test_three_uses_are_shown():
@@ -73,7 +113,8 @@ def test_trainer_snippet_runs(tmp_path, monkeypatch):
 
 
 if __name__ == "__main__":
-    before, rest = README.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    text = f"{before}{MARKS[0]}\n{variants_table()}\n{MARKS[1]}{after}"
+    text = README.read_text(encoding="utf-8")
+    for marks, table in ((VARIANTS, variants_table), (PRODUCTS, products_table)):
+        before, rest = text.split(marks[0])
+        text = f"{before}{marks[0]}\n{table()}\n{marks[1]}{rest.split(marks[1])[1]}"
     README.write_text(text, encoding="utf-8")

@@ -1,0 +1,70 @@
+"""A loss whose gradients are finished before backward begins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .handover import once
+
+
+class Attach(torch.autograd.Function):
+    """Give a finished loss its gradients: backward only multiplies by the upstream scalar.
+
+    scale: 0-d tensor by which the gradients are too large, or None. only: the one upstream scalar
+    that a gradient which is no longer here was made for, or None for any.
+    """
+
+    @staticmethod
+    def forward(ctx, loss, gradients, scale, only, *tensors):
+        ctx.gradients, ctx.scale, ctx.only = list(gradients), scale, only
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        return loss.clone()
+
+    @staticmethod
+    @once
+    def backward(ctx, upstream):
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "this loss computed its gradients in the forward pass and gave them to the first "
+                "backward; call the loss again for a second one (retain_graph cannot help)."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        if ctx.only is not None:
+            upstream = _expected(upstream, ctx.only)
+        factor = upstream if ctx.scale is None else upstream / ctx.scale
+        out = []
+        while gradients:
+            grad = gradients.pop(0)
+            dtype = ctx.dtypes[-1 - len(gradients)]
+            out.append(None if grad is None else _scaled(grad, factor).to(dtype))
+        return (None, None, None, None, *out)
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor in place: the buffer is ours, and a copy of dweight would double the peak.
+
+    Half precision goes through fp32, 256 rows at a time: a loss scale of 65536 is inf in fp16.
+    """
+    # reading the factor makes a GPU wait, and a CPU save a pass
+    if grad.is_cpu and factor.item() == 1.0:
+        return grad
+    if grad.dtype.itemsize >= 4:
+        return grad.mul_(factor.to(grad.dtype))
+    for plane in grad if grad.dim() == 3 else grad[None]:
+        for rows in plane.split(256):
+            rows.copy_(rows.float().mul_(factor))
+    return grad
+
+
+def _expected(upstream: Tensor, only: float) -> Tensor:
+    """The upstream scalar; an error, or NaN on an accelerator (which nobody waits for), for another
+    than the one that main_grad was filled for."""
+    if not upstream.is_cpu:
+        return torch.where(upstream == only, upstream, torch.full_like(upstream, torch.nan))
+    if upstream.item() != only:
+        raise RuntimeError(
+            f"main_grad holds the gradient times grad_scale = {only:g}, but backward came with a "
+            f"factor of {upstream.item():g}: pass that factor as grad_scale."
+        )
+    return upstream

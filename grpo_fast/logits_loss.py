@@ -1,0 +1,163 @@
+"""The policy loss from given logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import inputs
+from .attach import Attach
+from .backend import Backend, select
+from .batch import Batch, objective_arguments, prepare, rollout_arguments
+from .config import LossConfig
+from .gradients import fp16_scale
+from .handover import apply, compilable, wanted
+from .metrics import summarize
+from .terms import evaluate, named_terms
+
+
+def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, options):
+    dtype = torch.promote_types(cube.dtype, torch.float32)
+    ids = batch.rows.ids
+    stats = torch.empty(4, ids.numel(), dtype=dtype, device=ids.device)
+    backend.logprob_fwd(cube, ids, stats, active=active, **options)
+    terms = evaluate(batch, stats)
+    scale = None
+    if out is not None:
+        dlogp, dentropy = terms.dlogp, terms.dentropy
+        size = dlogp.abs() if dentropy is None else dlogp.abs() + dentropy.abs()
+        scale = fp16_scale(cube.dtype, size)
+        if scale is not None:
+            dlogp = dlogp * scale
+            dentropy = None if dentropy is None else dentropy * scale
+        backend.logprob_bwd(
+            cube, ids, stats, dlogp, out, dentropy=dentropy, active=size != 0, **options
+        )
+    return terms, scale
+
+
+def _logits_one_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, options):
+    dtype = torch.promote_types(cube.dtype, torch.float32)
+    ids = batch.rows.ids
+    terms = torch.empty(6, ids.numel(), dtype=dtype, device=ids.device)
+    fields = batch.listed(None, dtype)
+    more = rollout_arguments(batch, fields["rollout_logp"])
+    if batch.config.entropy_coef > 0:
+        more["entropy_coef"] = batch.config.entropy_coef
+    backend.policy(
+        cube,
+        ids,
+        fields["advantages"],
+        fields["weights"],
+        terms,
+        out,
+        old_logp=fields["old_logp"],
+        ref_logp=fields["ref_logp"],
+        active=active,
+        **options,
+        **more,
+        **objective_arguments(batch.config),
+    )
+    return named_terms(terms, batch, None, batch.rows.mask), None
+
+
+def _check_inplace(logits: Tensor) -> None:
+    """A gradient may be written over logits that are no leaf and whose rows do not overlap."""
+    if logits.is_leaf:
+        inputs.fail("logits", "a non-leaf tensor with inplace=True", "a leaf that requires grad")
+    if logits.numel() == 0:
+        return
+    reach = logits.shape[-1]
+    pairs = zip(logits.stride()[:-1], logits.shape[:-1], strict=True)
+    for stride, n in sorted(pair for pair in pairs if pair[1] > 1):
+        if stride < reach:
+            got = f"strides {logits.stride()}"
+            inputs.fail("logits", "rows that do not overlap with inplace=True", got)
+        reach += stride * (n - 1)
+
+
+@compilable
+def policy_loss(
+    logits: Tensor,
+    ids: Tensor,
+    advantages: Tensor,
+    *,
+    config: LossConfig | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    temperature: Tensor | None = None,
+    entropy_threshold: Tensor | float | None = None,
+    denominator: Tensor | float | int | None = None,
+    skip_inactive_forward: bool = False,
+    max_rows: int | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO-family loss from given logits, with logp = log_softmax(logits / temperature)[ids].
+
+    Where a token's derivative needs its own log-prob alone, one launch reads each row, evaluates
+    the objective and writes its gradient. Arithmetic in fp32 whatever the logits are stored in; the
+    gradient has their dtype.
+
+    Args:
+        logits: (B, T, V) or packed (N, V), stride 1 over V; other strides are free (`logits[:,
+            :-1]`).
+        inplace: write the gradient over the logits (saves N V elements). Autograd is told: another
+            use of the logits in backward raises.
+        max_rows: anything but None: nothing is read back from the device (`linear_policy_loss`).
+        Others: as in `linear_policy_loss`.
+
+    Returns:
+        loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or range; it is named.
+        RuntimeError: on a second backward through one loss.
+    """
+    config = LossConfig() if config is None else config
+    inputs.check_logits(logits)
+    backend = select(logits.device)
+    inputs.check_precision("logits", logits, backend.name)
+    (needed,) = wanted(logits)
+    if inplace and needed:
+        _check_inplace(logits)
+    shape = tuple(logits.shape[:-1])
+    batch = prepare(
+        shape,
+        logits.shape[-1],
+        logits.device,
+        ids=ids,
+        advantages=advantages,
+        config=config,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        rollout_logp=rollout_logp,
+        temperature=temperature,
+        entropy_threshold=entropy_threshold,
+        denominator=denominator,
+        skip_inactive_forward=skip_inactive_forward,
+        max_rows=max_rows,
+        has_ref=False,
+    )
+    with torch.no_grad():
+        cube = logits.detach() if logits.dim() == 3 else logits.detach()[None]
+        out = None
+        if needed:
+            out = cube if inplace else torch.empty_like(cube, memory_format=torch.contiguous_format)
+        whole = mask is None and batch.rows.n_unmasked == batch.rows.n_tokens
+        active = None if whole else batch.rows.mask
+        one_pass = not (batch.per_sequence or batch.per_batch) and logits.dtype != torch.float16
+        route = _logits_one_pass if one_pass else _logits_two_pass
+        inverse = batch.inv_temperature
+        options = {"inv_temperature": 1.0 / config.temperature if inverse is None else inverse}
+        terms, scale = route(backend, cube, batch, active, out, options)
+        if needed and inplace:
+            torch.autograd.graph.increment_version(logits)
+        loss, metrics = summarize(terms, batch)
+    if not needed:
+        return loss, metrics
+    return apply(Attach, loss, (out.view(logits.shape),), scale, None, logits), metrics

@@ -1,0 +1,135 @@
+"""`grpo-fast plan`: the route of the loss for a shape, without a model, a GPU or a tensor."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from .batch import needs_sequences
+from .chunks import COLUMNS_FIRST, chunk_size, round_up
+from .config import LEVELS, PRESETS, LossConfig
+from .plan import Facts, choose
+
+_EXAMPLES = """\
+examples:
+  grpo-fast plan --tokens 8192 --hidden 4096 --vocab 151936
+  grpo-fast plan --tokens 8192 --model Qwen/Qwen3-8B --active 0.3 --old-logp
+  grpo-fast plan --tokens 8192 --hidden 4096 --vocab 151936 --old-logp \\
+      --loss-type gspo --longest 4096
+"""
+_DTYPES = {"fp32": 4, "bf16": 4, "fp16": 4, "fp64": 8}
+
+
+def run(argv: list[str]) -> int:
+    """Print the plan; 0.
+
+    Args:
+        argv: the arguments after `plan`.
+    """
+    asked = _parser().parse_args(argv)
+    hidden, vocab = _shape(asked)
+    print(choose(facts_of_shape(asked, hidden, vocab)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grpo-fast plan",
+        description="The route that linear_policy_loss takes for a shape: what it multiplies, what "
+        "it holds, and why. `linear_policy_loss(..., explain=True)` says the same of a call.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--tokens", type=int, required=True, help="unmasked tokens of one call")
+    add("--hidden", type=int, help="width H of the hidden states")
+    add("--vocab", type=int, help="vocabulary V")
+    add("--model", help="folder or name of a model, in place of --hidden and --vocab")
+    add("--active", type=float, default=1.0, help="share of the tokens that may have a gradient")
+    add("--longest", type=int, help="tokens of the longest sequence; default: --tokens")
+    add("--loss-type", default=LossConfig.loss_type, choices=tuple(PRESETS), metavar="NAME")
+    add("--level", choices=LEVELS, metavar="LEVEL", help="importance_sampling_level")
+    add("--beta", type=float, default=0.0, help="above 0: a KL, every token has a gradient")
+    add("--entropy-coef", type=float, default=0.0, help="above 0: every token has a gradient")
+    add("--top-entropy-quantile", type=float, default=1.0, help="share of tokens that is kept")
+    add("--old-logp", action="store_true", help="old log-probs are given (not on-policy)")
+    add("--rollout-logp", action="store_true", help="log-probs of the rollout engine are given")
+    add("--frozen-head", action="store_true", help="the lm_head needs no gradient")
+    add("--lora-rank", type=int, default=0, help="adapter of the lm_head itself")
+    add("--no-grad", action="store_true", help="the values alone")
+    add("--dtype", choices=tuple(_DTYPES), default="bf16", help="of hidden states and weight")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--workspace-bytes", type=int, help="budget of the logits; default: the loss's own")
+    return parser
+
+
+def _shape(asked: argparse.Namespace) -> tuple[int, int]:
+    if asked.model is not None:
+        if asked.hidden is not None or asked.vocab is not None:
+            raise ValueError("--model: expected without --hidden and --vocab, got both.")
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(asked.model).get_text_config()
+        return config.hidden_size, config.vocab_size
+    for name in ("hidden", "vocab"):
+        if getattr(asked, name) is None:
+            raise ValueError(f"--{name}: expected a number, or --model, got nothing.")
+    return asked.hidden, asked.vocab
+
+
+def facts_of_shape(asked: argparse.Namespace, H: int, V: int) -> Facts:
+    """What the planner goes by, of the arguments of `grpo-fast plan`."""
+    for name, value, low in (
+        ("tokens", asked.tokens, 1),
+        ("hidden", H, 1),
+        ("vocab", V, 1),
+        ("longest", asked.tokens if asked.longest is None else asked.longest, 1),
+        ("lora-rank", asked.lora_rank, 0),
+    ):
+        if value < low:
+            raise ValueError(f"--{name}: expected at least {low}, got {value}.")
+    if not 0 <= asked.active <= 1:
+        raise ValueError(f"--active: expected a share from 0 to 1, got {asked.active}.")
+    config = _config(asked)
+    itemsize = _DTYPES[asked.dtype]
+    _, rows = chunk_size(asked.workspace_bytes, V, H + asked.lora_rank, itemsize, asked.device)
+    n, rows = asked.tokens, min(rows, round_up(asked.tokens))
+    everything = config.beta > 0 or config.entropy_coef > 0
+    active = n if everything else round(n * asked.active)
+    per_sequence = needs_sequences(config, asked.rollout_logp)
+    per_batch = config.top_entropy_quantile < 1.0
+    on_policy = not (asked.old_logp or asked.rollout_logp or config.beta > 0)
+    trains = not asked.no_grad
+    weight = trains and not (asked.frozen_head or asked.lora_rank)
+    return Facts(
+        n_rows=n,
+        n_tokens=n,
+        n_unmasked=n,
+        n_gradient=active,
+        longest=min(n, asked.longest or n) if per_sequence else None,
+        H=H,
+        V=V,
+        rank=asked.lora_rank,
+        itemsize=itemsize,
+        needs_hidden=trains,
+        needs_weight=weight,
+        needs_other=trains and asked.lora_rank > 0,
+        per_sequence=per_sequence,
+        per_batch=per_batch,
+        known=on_policy and not per_batch,
+        fp16=asked.dtype == "fp16" and asked.device == "cuda",
+        bonus=config.entropy_coef > 0,
+        top_share=config.top_entropy_quantile,
+        chunk_rows=rows,
+        fixed=False,
+        columns_first=weight and active > rows and rows < COLUMNS_FIRST.get(asked.device, 0),
+    )
+
+
+def _config(asked: argparse.Namespace) -> LossConfig:
+    known = {field.name for field in fields(LossConfig)}
+    chosen = {name: value for name, value in vars(asked).items() if name in known}
+    # a length that no product depends on
+    return LossConfig(
+        **chosen, importance_sampling_level=asked.level, epsilon_high=0.2, max_completion_length=1
+    )

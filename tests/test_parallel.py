@@ -1,0 +1,169 @@
+"""The lm_head over 2 and 4 gloo processes against one, and what needs no process group."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from contextlib import contextmanager
+from pathlib import Path
+
+import parallel_worker
+import pytest
+import torch
+import vocabulary_checks
+
+from grpo_fast import linear_logprob, linear_policy_loss, reference, torch_backend
+from grpo_fast.parallel import merge_stats
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module", params=(2, 4))
+def said(request, tmp_path_factory) -> list[dict[str, str]]:
+    """What each rank said to each check: its traceback, or nothing."""
+    world, folder = request.param, tmp_path_factory.mktemp("ranks")
+    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    alone = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    program = [sys.executable, str(HERE / "parallel_worker.py"), str(folder)]
+    ranks = [
+        subprocess.Popen(
+            [*program, str(rank), str(world)],
+            env={**os.environ, **alone},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        printed = [process.communicate(timeout=150)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    files = [folder / f"{rank}.json" for rank in range(world)]
+    assert all(file.exists() for file in files), "\n".join(printed)[-4000:]
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("name", [f.__name__ for f in parallel_worker.CHECKS])
+def test_processes_agree_with_one(said, name):
+    for rank, answers in enumerate(said):
+        # a rank stops at its first failure, which would leave the others waiting
+        answer = answers.get(name, "not reached: an earlier check failed")
+        assert answer == "", f"rank {rank}: {answer}"
+
+
+def shard_stats(logits, ids, sizes):
+    """(W, 4, n) statistics of slices of the logits, and the owner of each target."""
+    ends = torch.tensor(sizes).cumsum(0)
+    parts = []
+    for size, end in zip(sizes, ends.tolist(), strict=True):
+        local = ids - (end - size)
+        local = torch.where((local >= 0) & (local < size), local, 0)
+        parts.append(torch.empty(4, ids.numel(), dtype=logits.dtype))
+        torch_backend.logprob_fwd(logits[None, :, end - size : end], local, parts[-1])
+    return torch.stack(parts), torch.bucketize(ids, ends, right=True)
+
+
+@pytest.mark.parametrize("spread", (0.1, 3.0, 30.0))
+@pytest.mark.parametrize("sizes", ([77], [40, 37], [20, 20, 20, 17], [1, 75, 1], [9] * 8 + [5]))
+def test_merged_statistics(sizes, spread):
+    """Every element, not a norm: near-certain targets, and shards hundreds of nats apart."""
+    g = torch.Generator().manual_seed(0)
+    n = 200
+    logits = spread * torch.randn(n, 77, generator=g)
+    logits[::3] += 0.5 * spread * torch.arange(77.0) - 7 * spread
+    ids = torch.randint(77, (n,), generator=g)
+    ids[::2] = logits[::2].argmax(1)
+    logits[::4].scatter_add_(1, ids[::4, None], torch.full((n, 1), 12.0))
+    got = merge_stats(*shard_stats(logits, ids, sizes)).double()
+    logp, entropy, lse = reference.logprob(logits.double(), ids)
+    unsharded = torch.empty(4, n)
+    torch_backend.logprob_fwd(logits[None], ids, unsharded)
+    for name, value, want, alone in (
+        ("logp", got[0], logp, unsharded[0]),
+        ("entropy", got[1], entropy, unsharded[1]),
+        ("lse", got[2] + got[3], lse, unsharded[2] + unsharded[3]),
+    ):
+        floor = 1e-30
+        error = ((value - want).abs() / want.abs().clamp(min=floor)).max()
+        usual = ((alone.double() - want).abs() / want.abs().clamp(min=floor)).max()
+        assert error <= 2 * usual + 1e-6, name
+    assert (got[0] <= 0).all() and (got[1] >= 0).all()
+    assert torch.equal(got[2], logits.amax(1).double())
+
+
+@pytest.mark.parametrize("with_entropy", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_gradients_of_slices(dtype, with_entropy):
+    vocabulary_checks.check_slices(torch_backend, dtype, with_entropy)
+
+
+class Partitioned(torch.nn.Parameter):
+    """A parameter as ZeRO-3 leaves it between modules: no data, its shape under `ds_shape`."""
+
+
+@pytest.fixture
+def zero3(monkeypatch):
+    """A stub under the names of DeepSpeed, which is not installed: parameters with `ds_id` and
+    `ds_shape`, and a `GatheredParameters` that gives them their data and takes it away again, as
+    `free_param` of DeepSpeed does, by assigning an empty tensor."""
+    stored, entered = {}, []
+
+    @contextmanager
+    def gathered(parameters):
+        parameters = list(parameters)
+        entered.append(len(parameters))
+        for p in parameters:
+            p.data = stored[p.ds_id].clone()
+        yield
+        for p in parameters:
+            p.data = torch.empty(0)
+
+    def partition(value, requires_grad):
+        p = Partitioned(value.clone(), requires_grad=requires_grad)
+        p.ds_id, p.ds_shape = len(stored), value.shape
+        stored[p.ds_id] = value.clone()
+        p.data = torch.empty(0)
+        return p
+
+    zero = types.SimpleNamespace(GatheredParameters=gathered)
+    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
+    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
+    return types.SimpleNamespace(partition=partition, entered=entered)
+
+
+def test_zero3_is_gathered_in_both_passes(zero3):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*s, generator=g) for s in ((9, 8), (33, 8), (33,)))
+    ids = torch.randint(33, (9,), generator=g)
+    parts = zero3.partition(weight, False), zero3.partition(bias, False)
+    results = []
+    for w, b in ((weight, bias), parts):
+        for loss in ("logprob", "policy"):
+            leaf = hidden.clone().requires_grad_()
+            if loss == "logprob":
+                value = linear_logprob(leaf, w, ids, bias=b).logp.sum()
+                gathers = len(zero3.entered)
+            else:
+                value, _ = linear_policy_loss(leaf, w, ids, torch.ones(9), bias=b)
+            value.backward()
+            results.append((value.detach(), leaf.grad))
+        if w is parts[0]:
+            # weight and bias forward, again backward, then once for the policy loss
+            assert gathers == 2 and zero3.entered == [1] * 6
+    for (loss, grad), (want_loss, want) in zip(results[2:], results[:2], strict=True):
+        assert torch.equal(loss, want_loss) and torch.equal(grad, want)
+    assert all(p.numel() == 0 for p in parts)
+
+
+def test_zero3_cannot_take_a_gradient(zero3):
+    weight = zero3.partition(torch.randn(33, 8), True)
+    hidden, ids = torch.randn(9, 8), torch.arange(9)
+    with pytest.raises(ValueError, match="weight: expected a frozen parameter .* ZeRO-3"):
+        linear_logprob(hidden, weight, ids)
+    with torch.no_grad():
+        assert torch.isfinite(linear_logprob(hidden, weight, ids).logp).all()
