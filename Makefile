@@ -23,9 +23,9 @@ endif
 
 # Triton, and so its interpreter and its compiler, exists for this platform alone.
 ifeq ($(shell uname -sm),Linux x86_64)
-TEST_RUNS := test-torch test-interpreter test-aot test-aot36
+TEST_RUNS := test-torch test-trl test-interpreter test-aot test-aot36
 else
-TEST_RUNS := test-torch
+TEST_RUNS := test-torch test-trl
 endif
 
 export HF_HUB_OFFLINE := 1
@@ -33,7 +33,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-trl test-trl-full test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -51,7 +51,12 @@ PYTEST := $(RUN) -m pytest -q --durations=8
 	$(RUN) -m pip install --quiet --no-deps --target .triton36 -r requirements/triton36.txt
 	touch $@
 
-.peers/.installed: requirements/peers.txt $(ENVIRONMENT)
+.trl/.installed: requirements/trl.txt $(ENVIRONMENT)
+	rm -rf .trl && mkdir .trl
+	$(RUN) -m pip install --quiet --no-deps --target .trl -r requirements/trl.txt
+	touch $@
+
+.peers/.installed: requirements/peers.txt requirements/trl.txt $(ENVIRONMENT)
 	rm -rf .peers
 	$(RUN) -m pip install --quiet --no-deps --target .peers -r requirements/peers.txt
 	touch $@
@@ -72,7 +77,17 @@ test: $(ENVIRONMENT)
 
 test-torch: $(ENVIRONMENT)
 	@echo "== everything that runs without Triton's interpreter or compiler (and on a GPU, if any)"
-	$(PYTEST) tests --ignore-glob='*/test_triton_*.py' --ignore=tests/test_aot.py
+	$(PYTEST) tests --ignore-glob='*/test_triton_*.py' --ignore-glob='*/test_trl*.py' \
+		--ignore=tests/test_aot.py
+
+# 5: TRL needs Python 3.11, and without it every file here is skipped as a whole.
+test-trl: .trl/.installed
+	@echo "== the adapter for TRL against TRL's own trainers"
+	PYTHONPATH=.trl $(PYTEST) tests/test_trl*.py || [ $$? = 5 ]
+
+# Every combination of the options that test-trl trains a covering part of: 256 pairs of runs.
+test-trl-full: .trl/.installed
+	GRPO_FAST_TRL=full PYTHONPATH=.trl $(PYTEST) tests/test_trl.py || [ $$? = 5 ]
 
 # Triton reads the variable when it is imported, so these files need a process of their own.
 test-interpreter: $(ENVIRONMENT)
@@ -121,6 +136,6 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers .liger build dist *.egg-info
+	rm -rf .venv .triton36 .peers .liger .trl build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -47,6 +47,8 @@ setup(
         "demo": TRAINER + DEMO,
         "flash": ["flash-attn"],
         "liger": ["liger-kernel"],
+        # grpo_fast.integrations.trl says which versions it was tested with
+        "trl": TRAINER + ["trl>=1.16"],
         "bench": BENCH,
         "dev": TRAINER + DEMO + BENCH + ["hypothesis", "ruff", "setuptools>=77"],
     },

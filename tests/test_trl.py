@@ -36,6 +36,7 @@ from grpo_fast.integrations.trl_options import loss_config
 
 TOLERANCE = 1e-5
 HERE = Path(__file__).resolve().parent
+FULL = os.environ.get("GRPO_FAST_TRL") == "full"
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 FACTORS = {
     "importance_sampling_level": ("token", "sequence"),
@@ -49,7 +50,7 @@ FACTORS = {
 def combinations() -> list[tuple]:
     """All of them, or 16 in which each value meets each other value of another factor."""
     binary = list(itertools.product((0, 1), repeat=len(FACTORS)))
-    if os.environ.get("GRPO_FAST_TRL") == "full":
+    if FULL:
         return [(name, *bits) for name in LOSS_TYPES for bits in binary]
     chosen = []
     for i, name in enumerate(LOSS_TYPES):
@@ -72,9 +73,8 @@ def path(tmp_path_factory):
     return checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.skipif(FULL, reason="all of them are there")
 def test_the_part_covers_pairs():
-    if os.environ.get("GRPO_FAST_TRL") == "full":
-        pytest.skip("all of them are there")
     rows = combinations()
     for i, j in itertools.combinations(range(6), 2):
         pairs = {(row[i], row[j]) for row in rows}
@@ -109,6 +109,32 @@ def test_generations_across_optimizer_steps(path):
     found = differences(ours, theirs)
     assert {name: gap for name, gap in found.items() if not gap <= TOLERANCE} == {}
     assert steps(theirs)[1]["clip_ratio/region_mean"] > 0
+
+
+def _length_reward(completions, **_):
+    return [len(text) / 10 for text in completions]
+
+
+@pytest.mark.skipif(not FULL, reason="minutes: part of `make test-full`")
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "LoRA"])
+def test_smollm2(use_lora):
+    """SmolLM2-135M-Instruct and its own text, with TRL's default optimizer."""
+    sys.path.insert(0, str(HERE.parent / "benchmarks"))
+    from step_cases import smollm2
+
+    options = {"optim": "adamw_torch", "learning_rate": 1e-5, "beta": 0.04, "num_iterations": 2}
+    options |= {
+        "max_completion_length": 12,
+        "temperature": 1.0,
+        "epsilon": 0.2,
+        "epsilon_high": 0.2,
+    }
+    asked = ("a cat", "the sea", "bread", "a train", "snow", "a garden", "an old clock", "the moon")
+    rows = [{"prompt": f"Write one short sentence about {what}."} for what in asked]
+    one = {"use_lora": use_lora, "rows": rows, "reward": _length_reward}
+    found = differences(*both(str(smollm2()), **options, **one))
+    print(found)
+    assert {name: gap for name, gap in found.items() if not gap <= TOLERANCE} == {}
 
 
 def test_evaluation(path):
@@ -164,7 +190,9 @@ OPTIONS = {
     "rollout and off-policy mask": [
         {"off_policy_mask_threshold": 0.05, "vllm_importance_sampling_clip_max": 5.0}
     ],
+    # accelerate keeps the precision of a process, hence two groups
     "head in fp32": [{"cast_lm_head_to_fp32": True}],
+    "head in fp32 under autocast": [{"cast_lm_head_to_fp32": True, "bf16": True}],
     "no checkpointing": [{"gradient_checkpointing": False}],
 }
 
@@ -234,6 +262,14 @@ def test_refused_with_a_rollout_engine(tmp_path):
         loss_config(args)
     args.vllm_importance_sampling_correction = False
     assert loss_config(args).loss_type == "vespo"
+
+
+def test_refused_quantile_of_several_ranks(tmp_path, monkeypatch):
+    args = GRPOConfig(str(tmp_path), bf16=False, use_cpu=True, top_entropy_quantile=0.5)
+    assert loss_config(args).top_entropy_quantile == 0.5
+    monkeypatch.setattr(GRPOConfig, "world_size", 2)
+    with pytest.raises(ValueError, match="top_entropy_quantile < 1 on several processes"):
+        loss_config(args)
 
 
 def test_refused_sampler_without_correction(path):

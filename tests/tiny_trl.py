@@ -14,6 +14,8 @@ from tiny_trainer import VOCAB, dataset, spread_reward, tokenizer
 from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+from grpo_fast.models import load_processing
+
 COMPARED = ("grad_norm", "kl", "entropy", "cispo_clip_ratio", "policy_loss")
 COMPARED += tuple(f"clip_ratio/{n}" for n in ("low_mean", "high_mean", "region_mean"))
 COMPARED += ("clip_ratio/low_min", "clip_ratio/high_max", "vespo/phi_seq_mean", "entropy_coef")
@@ -98,16 +100,25 @@ def recording(cls: type) -> type:
     return Recorded
 
 
-def trainer(cls: type, path: str, *, use_lora: bool = False, **overrides: Any) -> Any:
-    """A trainer of `cls` on the tiny checkpoint."""
+def trainer(
+    cls: type,
+    path: str,
+    *,
+    use_lora: bool = False,
+    reward: Any = spread_reward,
+    rows: list[dict[str, Any]] | None = None,
+    **overrides: Any,
+) -> Any:
+    """A trainer of `cls` on the tiny checkpoint and its words, or on other rows and their reward
+    with the tokenizer of the checkpoint."""
     folder = tempfile.TemporaryDirectory(prefix="grpo-trl-")
     built = recording(cls)(
         path,
-        overrides.pop("reward", spread_reward),
+        reward,
         GRPOConfig(output_dir=folder.name, **settings(**overrides)),
-        train_dataset=Dataset.from_list(dataset(16)),
+        train_dataset=Dataset.from_list(rows or dataset(16)),
         eval_dataset=Dataset.from_list(dataset(2)),
-        processing_class=tokenizer(),
+        processing_class=load_processing(path),
         peft_config=lora() if use_lora else None,
     )
     built.remove_callback(PrinterCallback)

@@ -40,10 +40,8 @@ def _listening(terms: Terms, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         for name in FIELDS:
             values = getattr(terms, name)
             if index is not None:
-                fill = 1.0 if name == "ratio" else 0.0
-                values = values.new_full((batch.rows.ids.numel(),), fill).index_copy(
-                    0, index, values
-                )
+                everything = values.new_zeros(batch.rows.ids.numel())
+                values = everything.index_copy(0, index, values)
             seen[name] = values
     return summarize(terms, batch)
 
