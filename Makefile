@@ -111,7 +111,7 @@ test-full: $(ENVIRONMENT)
 # `make test` runs these files too, and compares with whatever Liger is installed there.
 test-liger: .liger/.installed
 	@echo "== the names of Liger-Kernel against the package itself"
-	PYTHONPATH=.liger $(PYTEST) tests/test_liger.py tests/test_token_losses.py
+	PYTHONPATH=.liger $(PYTEST) tests/test_liger*.py tests/test_token_losses.py
 	PYTHONPATH=.liger TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_liger.py
 
 test-gpu: $(ENVIRONMENT)
