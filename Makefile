@@ -33,7 +33,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -54,6 +54,11 @@ PYTEST := $(RUN) -m pytest -q --durations=8
 .peers/.installed: requirements/peers.txt $(ENVIRONMENT)
 	rm -rf .peers
 	$(RUN) -m pip install --quiet --no-deps --target .peers -r requirements/peers.txt
+	touch $@
+
+.liger/.installed: requirements/liger.txt $(ENVIRONMENT)
+	rm -rf .liger
+	$(RUN) -m pip install --quiet --no-deps --target .liger -r requirements/liger.txt
 	touch $@
 
 demo: $(ENVIRONMENT)
@@ -88,6 +93,12 @@ test-aot36: .triton36/.installed
 test-full: $(ENVIRONMENT)
 	$(RUN) tests/full.py $(ARGS)
 
+# `make test` runs these files too, and compares with whatever Liger is installed there.
+test-liger: .liger/.installed
+	@echo "== the names of Liger-Kernel against the package itself"
+	PYTHONPATH=.liger $(PYTEST) tests/test_liger.py tests/test_token_losses.py
+	PYTHONPATH=.liger TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_liger.py
+
 test-gpu: $(ENVIRONMENT)
 	$(PYTEST) tests -m gpu --ignore-glob='*/test_triton_*.py' --ignore=tests/test_aot.py
 
@@ -110,6 +121,6 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers build dist *.egg-info
+	rm -rf .venv .triton36 .peers .liger build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -49,7 +49,7 @@ SWEEPS: dict[str, Sweep] = {
     ),
     "curves": Sweep(
         "300 steps of a toy model with bf16 weights stay inside the seed band of the fp32 "
-        "reference, and wrong losses leave it.",
+        "reference, and in every setting a wrong loss leaves it.",
         ("tests/full_curves.py", "--numbers", "{numbers}"),
     ),
 }

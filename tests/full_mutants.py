@@ -38,9 +38,8 @@ SUITES = {
     "rows": Suite(("tests/test_logprob.py",)),
     "loss": Suite(("tests/test_loss.py",)),
     "mathematics": Suite(("tests/test_mathematics.py",)),
-    "corrections": Suite(("tests/test_corrections.py", "tests/test_loss.py")),
+    "corrections": Suite(("tests/test_corrections.py",)),
     "kernels": Suite(("tests/test_triton_ops.py",), True),
-    "policy": Suite(("tests/test_triton_ops.py", "tests/test_triton_loss.py"), True),
     "calls": Suite(("tests/test_triton_properties.py",), True),
 }
 

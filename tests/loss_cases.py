@@ -105,7 +105,8 @@ def preset_config(loss_type: str, **more) -> LossConfig:
     if objective == "dppo_tv":
         options |= {"epsilon": 0.05, "epsilon_high": 0.07, "delta": 1.5}
     if objective == "dppo_kl":
-        options |= {"epsilon": 0.01, "epsilon_high": 0.02, "delta": 1.5}
+        # a token of A < 0 lies between the two
+        options |= {"epsilon": 0.01, "epsilon_high": 0.04, "delta": 1.5}
     return LossConfig(loss_type=loss_type, **{**options, **more})
 
 

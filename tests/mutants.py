@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """One error."""
-
     file: str
     old: str
     new: str
@@ -185,8 +183,8 @@ MUTANTS = [
     *_of(
         "grpo_fast/routes.py",
         (
-            "torch.tensor([0, *by_start[chunk.rows.start]])",
-            "torch.tensor([0, sum(by_start[chunk.rows.start])])",
+            "sizes = sizes - sizes[0]",
+            "sizes = sizes[[0, -1]] - sizes[0]",
             "the sequences of a chunk are taken for one",
             "loss",
         ),
@@ -232,6 +230,9 @@ MUTANTS = [
             "every chunk is the first one",
             "calls",
         ),
+    ),
+    *_of(
+        "grpo_fast/gradients.py",
         (
             "grad.zero_()",
             "grad.mul_(1.0)",
@@ -374,7 +375,7 @@ MUTANTS = [
             "(by_logp + by_ratio) * weight, dentropy",
             "by_logp * weight, dentropy",
             "no gradient through the ratio",
-            "policy",
+            "kernels",
         ),
         (
             "dentropy = -entropy_coef * weight",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import torch
 from checks import BOUND
-from correction_checks import CORRECTIONS, correction_case, make_extras
+from correction_checks import CORRECTIONS, correction_case, make_extras, packed
 from loss_cases import preset_config, relative
 
 from grpo_fast import linear_policy_loss, policy_loss, reference
@@ -272,3 +272,27 @@ def check_skip(loss_type: str, name: str, old: bool) -> None:
     assert fewer[2]["tokens"] == plain[2]["tokens"] == case.mask.sum()
     assert fewer[2]["active_rows"] == plain[2]["active_rows"]
     assert not fewer[1]["hidden"][[0, 4]].any()
+
+
+def check_nothing(loss_type: str, name: str, old: bool) -> None:
+    """A batch that is masked whole and one without tokens: loss 0, gradients 0, finite metrics."""
+    case = correction_case()
+    correction, extras = CORRECTIONS[name], make_extras(case)
+    use = ({"old"} if old else set()) | ({"rollout"} if correction.rollout else set())
+    use |= {"ref"} if correction.options.get("beta") else set()
+    given = call_of(case, extras, use, loss_type, **correction.options)
+    given["temperature"] = extras.temperature[correction.temperature]
+    given["mask"] = torch.zeros_like(case.mask)
+    empty = {k: v[:0] if torch.is_tensor(v) else v for k, v in given.items()}
+    calls = [(given, case.hidden), (empty, case.hidden[:0]), (packed(given), case.hidden[:0, 0])]
+    for kwargs, hidden in calls:
+        for rows in (None, 1):
+            head = {"hidden": hidden, "weight": case.weight}
+            loss, grads, metrics = ours(kwargs, head, ("hidden", "weight"), max_rows=rows)
+            assert loss == 0 and not any(g.any() for g in grads.values())
+            assert all(torch.isfinite(value.float()) for value in metrics.values())
+            leaf = torch.full((*hidden.shape[:-1], 77), torch.nan).requires_grad_()
+            loss, metrics = policy_loss(leaf, **kwargs, max_rows=rows)
+            loss.backward()
+            assert loss == 0 and not leaf.grad.any()
+            assert all(torch.isfinite(value.float()) for value in metrics.values())

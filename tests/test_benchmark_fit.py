@@ -193,7 +193,7 @@ def test_records_and_reasons(monkeypatch):
 
     records, skipped = fit.measure(case, peer(lambda n, H, V: 1 / 0, "broken"), CPU)
     assert records == [] and len(skipped) == 2
-    assert all("ZeroDivisionError after 0 s" in s["reason"] for s in skipped)
+    assert all("ZeroDivisionError after " in s["reason"] for s in skipped)
     records, skipped = fit.measure(case, peer(lambda n, H, V: 0, "other"), CPU)
     assert records == [] and "Left out of this level" in skipped[0]["reason"]
     # what goes wrong in ours is no result
@@ -231,8 +231,9 @@ def test_driver_end_to_end(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = read(file)
-    assert [c.direction for c in result.fits] == list(fit.PASSES) and result.contests == ()
-    longest, largest = result.fits
+    fits = {one.direction: one for one in result.fits}
+    assert fits.keys() == set(fit.PASSES) and result.contests == ()
+    longest, largest = (fits[name] for name in fit.PASSES)
     for record in longest.records:
         assert record.info["verified"] and record.info["run_bytes"] <= 32 << 20
     assert {"grpo_fast", "torch"} <= {r.peer for r in longest.records}

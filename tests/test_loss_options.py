@@ -7,6 +7,7 @@ from option_checks import (
     check_lora,
     check_max_rows,
     check_max_rows_of_logits,
+    check_nothing,
     check_reference_from_hidden,
     check_routes,
     check_skip,
@@ -63,6 +64,13 @@ SKIPPED = ("off_policy", "token_mask_both", "sequence_truncate_high", "geometric
 def test_skipped_rows(loss_type, old):
     for name in (*SKIPPED, "temperature_token"):
         check_skip(loss_type, name, old)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo", "gmpo", "vespo", "reinforce", "dr_grpo"])
+def test_nothing_to_do(loss_type, old):
+    for name in ("off_policy", "top_entropy", "geometric_mask_both", "together"):
+        check_nothing(loss_type, name, old)
 
 
 def test_every_route_is_reached():

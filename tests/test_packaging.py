@@ -135,7 +135,7 @@ def test_trainer_names_resolve():
 def paths_in(text: str) -> list[str]:
     """What stands in single backticks and is written like a path of this repository."""
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
-    folders = r"(?:kernels|grpo_fast|tests|benchmarks|requirements|\.ci)/\S*"
+    folders = r"(?:kernels|grpo_fast|tests|benchmarks|requirements|docs|\.ci)/\S*"
     files = r"[\w./*-]+\.(?:py|md|toml|txt)|Makefile|LICENSE"
     tokens = re.findall(r"`([^`\n]+)`", prose)
     return [token for token in tokens if re.fullmatch(f"{folders}|{files}", token)]
@@ -146,6 +146,7 @@ ABSENT = {"__init__.py", "utils.py", "grpo_fast/kernels/"}
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "kernels/README.md"]
+PAGES += [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -18,7 +18,7 @@ from checks import (
     check_skipped_rows,
     check_zero_advantages_leave_the_backward,
 )
-from correction_checks import CORRECTIONS, check_corrections
+from correction_checks import CORRECTIONS, FULL, check_corrections
 from loss_cases import configurations
 from op_checks import check_half_precision_logits, check_steep_ratios_in_fp16
 from option_checks import check_frozen_head, check_lora, check_max_rows, check_routes
@@ -78,18 +78,20 @@ def test_steep_ratios_in_fp16():
     check_steep_ratios_in_fp16()
 
 
+IN_THE_PASS = ("token_mask_both", "token_truncate_high", "entropy_bonus", "temperature_token")
+
+
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("name", [n for n in CORRECTIONS if not n.endswith(("low", "none"))])
+@pytest.mark.parametrize("name", CORRECTIONS if FULL else (*IN_THE_PASS, "together"))
 def test_corrections(name, old):
-    """Token and sequence level: the one-pass rows apply what needs no sequence themselves."""
+    """At token level the one-pass rows apply what needs no sequence themselves."""
     check_corrections("dapo", name, old=old)
-    if not old:
-        check_corrections("gmpo", name, old=True)
+    if FULL or name == "together":
+        check_corrections("gmpo", name, old=old)
 
 
 def test_adapters_frozen_heads_capacities_and_routes():
     check_lora(("hidden", "weight", "bias", "A", "B"), "dapo", {"rollout", "temperature"}, True)
     check_frozen_head("gspo", None, {"old", "ref", "temperature", "rollout"})
     check_max_rows("dapo", "together_without_top", True, ("hidden", "weight", "bias", "A", "B"))
-    check_max_rows("cispo", "temperature_token", False, ("hidden",))
     check_routes()
