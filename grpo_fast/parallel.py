@@ -165,9 +165,8 @@ def _policy(rows: Backend) -> Callable:
             wanted |= dentropy != 0
         terms.copy_(torch.stack((loss * weights, logp, entropy, ratio, kl_value, dlogp)))
         if out is not None:
-            rows.logprob_bwd(
-                logits, ids, stats, dlogp, out, dentropy=dentropy, active=wanted, **transform
-            )
+            options = {**transform, "active": wanted, "dentropy": dentropy}
+            rows.logprob_bwd(logits, ids, stats, dlogp, out, **options)
 
     return policy
 
