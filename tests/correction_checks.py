@@ -53,8 +53,9 @@ KL = {"beta": 0.2, "kl_estimator": "k3"}
 TOP = {"top_entropy_quantile": 0.45}
 CORRECTIONS = _rollouts() | {
     "off_policy": Correction({"off_policy_mask_threshold": 0.1}),
+    # a sequence drifted so far from the rollout's log-probs, but not from the old ones
     "off_policy_rollout": Correction(
-        {"off_policy_mask_threshold": 0.1, "rollout_ratio_max": 1.2}, rollout=True
+        {"off_policy_mask_threshold": 0.35, "rollout_ratio_max": 1.2}, rollout=True
     ),
     "top_entropy": Correction(TOP),
     "top_entropy_given": Correction(TOP, threshold=1.5),

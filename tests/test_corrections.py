@@ -49,6 +49,7 @@ def test_the_cases_tell_corrections_apart():
         changed = (q != got)[mask]
         assert changed.any() == (not name.endswith("none")) and not changed.all(), name
         assert ((got == 0)[mask].any()) == ("mask" in name and changed.any()), name
+    beyond = []
     for sampled in (case.old_logp, extras.rollout_logp):
         hidden = torch.nan_to_num(case.hidden)
         logits = reference.head_logits(hidden, case.weight)
@@ -56,3 +57,5 @@ def test_the_cases_tell_corrections_apart():
         drift = torch.where(mask, (sampled - logp).nan_to_num(), 0.0).sum(1) / mask.sum(1)
         off = drift[(case.advantages < 0) & mask.any(1)] > 0.1
         assert off.any() and not off.all()
+        beyond.append((drift[case.advantages < 0] > 0.35).any().item())
+    assert beyond == [False, True]
