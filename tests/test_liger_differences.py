@@ -345,3 +345,15 @@ def _keywords(o):
     keywords = o.keywords
     del keywords["beta"]
     return keywords
+
+
+def test_the_decay_of_vespo_is_at_least_1e_4_as_in_liger():
+    d = data(0.0)
+    args = (d.hidden, d.weight, d.ids, d.mask, d.advantages)
+    more = {"beta": 0.0, "use_ref_model": False, "compiled": False, "loss_type": "vespo"}
+    more |= {"vespo_lambda_pos": 0.0, "vespo_lambda_neg": -1.0}
+    ours, other = (
+        function(**more)(*args, old_per_token_logps=d.old_logp)[0]
+        for function in (LigerFusedLinearGRPOLoss, liger("LigerFusedLinearGRPOLoss"))
+    )
+    assert distance("loss", ours, other) < BOUND
