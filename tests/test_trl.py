@@ -133,7 +133,6 @@ def test_smollm2(use_lora):
     rows = [{"prompt": f"Write one short sentence about {what}."} for what in asked]
     one = {"use_lora": use_lora, "rows": rows, "reward": _length_reward}
     found = differences(*both(str(smollm2()), **options, **one))
-    print(found)
     assert {name: gap for name, gap in found.items() if not gap <= TOLERANCE} == {}
 
 

@@ -19,8 +19,9 @@ from grpo_fast.models import load_processing
 COMPARED = ("grad_norm", "kl", "entropy", "cispo_clip_ratio", "policy_loss")
 COMPARED += tuple(f"clip_ratio/{n}" for n in ("low_mean", "high_mean", "region_mean"))
 COMPARED += ("clip_ratio/low_min", "clip_ratio/high_max", "vespo/phi_seq_mean", "entropy_coef")
-# nats: below it a relative difference of a loss or of a KL says nothing
-FLOOR = 1e-2
+# A loss is a sum of advantages of both signs and a KL is exp(d) - d - 1: what is left over of terms
+# near 1, each of them rounded to 1.2e-7 in fp32. This floor allows 5e-7 for them.
+FLOOR = 5e-2
 
 
 def checkpoint(folder: Any, seed: int = 0, **overrides: Any) -> str:
@@ -144,7 +145,8 @@ def relative(name: str, ours: float | None, theirs: float | None) -> float:
     """Difference relative to theirs, or to the floor if that is larger."""
     if ours is None or theirs is None:
         return 0.0 if ours is theirs else math.inf
-    return abs(ours - theirs) / max(abs(theirs), FLOOR if name in ("kl", "policy_loss") else 1e-6)
+    floor = FLOOR if name in ("kl", "policy_loss") else 1e-6
+    return abs(ours - theirs) / max(abs(theirs), floor)
 
 
 def differences(ours: Any, theirs: Any) -> dict[str, float]:
