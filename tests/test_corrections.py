@@ -27,6 +27,7 @@ def test_corrections_together(loss_type, old):
         "together",
         "together_without_top",
         "off_policy_rollout",
+        "entropy_bonus",
         "sequence_mask_high",
     ):
         check_corrections(loss_type, name, old=old, ref=True)
