@@ -95,7 +95,7 @@ def test_a_wrong_gradient_is_a_mismatch_and_prints_its_call(monkeypatch):
     exact = torch.randn(50)
     for dtype, factor in (("fp32", 1.0001), ("bf16", 1.05), ("fp16", 1.01)):
         odd = Call(**{**vars(call), "dtype": dtype})
-        results = (factor * exact, exact, lambda: {"grad hidden": exact.double()})
+        results = (factor * exact, exact, lambda **_: {"grad hidden": exact.double()})
         assert disagreement(odd, "grad hidden", *results)
     nan = exact.clone()
     nan[3] = torch.nan
