@@ -2,58 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import types
 from contextlib import contextmanager
-from pathlib import Path
 
 import parallel_worker
 import pytest
+import ranks
 import torch
 import vocabulary_checks
 
 from grpo_fast import linear_logprob, linear_policy_loss, reference, torch_backend
 from grpo_fast.parallel import merge_stats
 
-HERE = Path(__file__).resolve().parent
-
 
 @pytest.fixture(scope="module", params=(2, 4))
 def said(request, tmp_path_factory) -> list[dict[str, str]]:
     """What each rank said to each check: its traceback, or nothing."""
-    world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    alone = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    program = [sys.executable, str(HERE / "parallel_worker.py"), str(folder)]
-    ranks = [
-        subprocess.Popen(
-            [*program, str(rank), str(world)],
-            env={**os.environ, **alone},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        printed = [process.communicate(timeout=150)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    files = [folder / f"{rank}.json" for rank in range(world)]
-    assert all(file.exists() for file in files), "\n".join(printed)[-4000:]
-    return [json.loads(file.read_text()) for file in files]
+    return ranks.ask("parallel_worker.py", tmp_path_factory.mktemp("ranks"), request.param)
 
 
 @pytest.mark.parametrize("name", [f.__name__ for f in parallel_worker.CHECKS])
 def test_processes_agree_with_one(said, name):
-    for rank, answers in enumerate(said):
-        # a rank stops at its first failure, which would leave the others waiting
-        answer = answers.get(name, "not reached: an earlier check failed")
-        assert answer == "", f"rank {rank}: {answer}"
+    ranks.judge(said, name)
 
 
 def shard_stats(logits, ids, sizes):

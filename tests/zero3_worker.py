@@ -1,0 +1,168 @@
+"""One rank of `test_zero3.py`: `python zero3_worker.py folder rank world`.
+
+A body and an lm_head that DeepSpeed's ZeRO-3 has partitioned, trained for two steps of Adam, against
+the same in plain torch, where one process goes through the batches of all ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import weakref
+from contextlib import nullcontext
+
+import deepspeed
+import ranks
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_grad
+from gather_checks import Tiny, fsdp_case, refused
+from vocabulary_checks import agree
+
+from grpo_fast import linear_logprob, linear_policy_loss
+
+CHECKS = []
+BOUND = 1e-6
+V, H = 77, 24
+
+
+def check(function):
+    CHECKS.append(function)
+    return function
+
+
+def loss_of(model, head, rank: int, op: str, seen: list) -> torch.Tensor:
+    """The loss of a rank's batch; the gradient of its hidden states goes to `seen` in backward."""
+    x, ids, advantages, mask, scale = fsdp_case(rank, V, H)
+    hidden = model(x.to(next(model.parameters()).dtype))
+    if hidden.requires_grad:
+        hidden.register_hook(lambda grad: seen.append(grad.clone()))
+    return scale * loss_on(hidden, head, ids, advantages, mask, op)
+
+
+def loss_on(hidden, head, ids, advantages, mask, op: str) -> torch.Tensor:
+    if op == "policy":
+        loss, _ = linear_policy_loss(
+            hidden, head.weight, ids, advantages, mask=mask, bias=head.bias
+        )
+        return loss
+    out = linear_logprob(hidden, head.weight, ids, mask=mask, bias=head.bias, entropy=True)
+    return (out.logp * advantages + 0.2 * out.entropy).sum()
+
+
+class Inside(Tiny):
+    """Computes the loss in its own forward, where DeepSpeed gathers what is touched by itself."""
+
+    def forward(self, rank: int, op: str, seen: list):
+        return loss_of(super().forward, self.lm_head, rank, op, seen)
+
+
+def adam(model):
+    # a large eps: Adam makes a step of +-lr of a gradient that is only rounding
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05, eps=1e-3)
+
+
+def engine_of(model, accumulate: int = 1, bf16: bool = False, **options):
+    """A ZeRO-3 engine that keeps nothing whole which it does not have to."""
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        **options,
+    }
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulate,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16},
+    }
+    return deepspeed.initialize(model=model, optimizer=adam(model), config=config)[0]
+
+
+def whole(parameter) -> torch.Tensor:
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def status(parameter) -> str:
+    return parameter.ds_status.name
+
+
+def plain_steps(plain, op: str, steps: int, accumulate: int = 1):
+    """Yields the gradients of a step and those of this rank's hidden states, then steps."""
+    W, optimizer = dist.get_world_size(), adam(plain)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for rank in range(W):
+            seen = []
+            for _ in range(accumulate):
+                loss = loss_of(plain, plain.lm_head, rank, op, seen)
+                (loss / W / accumulate).backward()
+            if rank == dist.get_rank():
+                hidden = [W * accumulate * grad for grad in seen]
+        yield {name: p.grad for name, p in plain.named_parameters()}, hidden
+        optimizer.step()
+
+
+def compare(
+    op: str,
+    inside: bool = False,
+    tied: bool = False,
+    frozen: bool = False,
+    accumulate: int = 1,
+    around=lambda head: nullcontext(),
+    steps: int = 2,
+    **options,
+) -> None:
+    """Gradients and weights of every step."""
+    plain, model = Tiny(V, H, tied), (Inside if inside else Tiny)(V, H, tied)
+    for m in (plain, model):
+        m.lm_head.requires_grad_(not frozen)
+    engine = engine_of(model, accumulate, **options)
+    head = engine.module.lm_head
+    assert status(head.weight) == "NOT_AVAILABLE" and head.weight.numel() == 0
+    for grads, hidden in plain_steps(plain, op, steps, accumulate):
+        seen = []
+        for _ in range(accumulate):
+            with around(head):
+                if inside:
+                    loss = engine(dist.get_rank(), op, seen)
+                else:
+                    loss = loss_of(engine, head, dist.get_rank(), op, seen)
+            engine.backward(loss)
+        for got, want in zip(seen, hidden, strict=True):
+            # the engine divides the loss by the number of accumulated ones
+            agree(accumulate * got, want, "hidden", BOUND)
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                agree(safe_get_full_grad(p), grads[name], f"gradient of {name}", BOUND)
+        for _ in range(accumulate):
+            engine.step()
+    for (name, p), want in zip(model.named_parameters(), plain.parameters(), strict=True):
+        agree(whole(p), want, name, BOUND)
+        assert p.grad is None
+
+
+@check
+def trained_outside_of_the_engine():
+    """The engine's forward ends at the hidden states; the loss takes the partitioned weight."""
+    for op in ("policy", "logprob"):
+        compare(op)
+
+
+def main(folder: str, rank: str, world: str) -> None:
+    # what DeepSpeed reads where no launcher of it has started the process
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, LOCAL_SIZE=world)
+    # gloo alone: the operation over shared memory would be compiled first, for minutes
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ranks.answer((join, *CHECKS), folder, rank, world)
+
+
+def join():
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
