@@ -73,9 +73,10 @@ def _whole(parameter: Tensor) -> Iterator[None]:
     if _available(parameter):
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    # `deepspeed.zero` is an attribute and no module that could be imported from
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         yield
 
 

@@ -34,7 +34,7 @@ def check(function):
 def loss_of(model, head, rank: int, op: str, seen: list) -> torch.Tensor:
     """The loss of a rank's batch; the gradient of its hidden states goes to `seen` in backward."""
     x, ids, advantages, mask, scale = fsdp_case(rank, V, H)
-    hidden = model(x.to(next(model.parameters()).dtype))
+    hidden = model(x.to(head.weight.dtype))
     if hidden.requires_grad:
         hidden.register_hook(lambda grad: seen.append(grad.clone()))
     return scale * loss_on(hidden, head, ids, advantages, mask, op)
@@ -73,6 +73,7 @@ def engine_of(model, accumulate: int = 1, bf16: bool = False, **options):
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
@@ -114,6 +115,7 @@ def compare(
     accumulate: int = 1,
     around=lambda head: nullcontext(),
     steps: int = 2,
+    persistent: bool = False,
     **options,
 ) -> None:
     """Gradients and weights of every step."""
@@ -122,27 +124,31 @@ def compare(
         m.lm_head.requires_grad_(not frozen)
     engine = engine_of(model, accumulate, **options)
     head = engine.module.lm_head
-    assert status(head.weight) == "NOT_AVAILABLE" and head.weight.numel() == 0
+    assert (status(head.weight) == "AVAILABLE") == persistent
     for grads, hidden in plain_steps(plain, op, steps, accumulate):
         seen = []
-        for _ in range(accumulate):
+        for micro in range(accumulate):
             with around(head):
                 if inside:
                     loss = engine(dist.get_rank(), op, seen)
                 else:
                     loss = loss_of(engine, head, dist.get_rank(), op, seen)
             engine.backward(loss)
-        for got, want in zip(seen, hidden, strict=True):
-            # the engine divides the loss by the number of accumulated ones
-            agree(accumulate * got, want, "hidden", BOUND)
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                agree(safe_get_full_grad(p), grads[name], f"gradient of {name}", BOUND)
-        for _ in range(accumulate):
+            if micro == accumulate - 1:
+                compare_gradients(model, grads, seen, hidden, accumulate)
             engine.step()
     for (name, p), want in zip(model.named_parameters(), plain.parameters(), strict=True):
         agree(whole(p), want, name, BOUND)
         assert p.grad is None
+
+
+def compare_gradients(model, grads, seen, hidden, accumulate: int) -> None:
+    for got, want in zip(seen, hidden, strict=True):
+        # the engine divides the loss by the number of accumulated ones
+        agree(accumulate * got, want, "hidden", BOUND)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            agree(safe_get_full_grad(p), grads[name], f"gradient of {name}", BOUND)
 
 
 @check
@@ -150,6 +156,107 @@ def trained_outside_of_the_engine():
     """The engine's forward ends at the hidden states; the loss takes the partitioned weight."""
     for op in ("policy", "logprob"):
         compare(op)
+
+
+@check
+def trained_inside_of_the_engine():
+    """The engine's forward ends at the loss; DeepSpeed gathers the weight where it is touched."""
+    for op in ("policy", "logprob"):
+        compare(op, inside=True)
+
+
+@check
+def trained_while_tied_to_the_embedding():
+    """Two gradients of one parameter; the prefetch of the embedding is under way meanwhile."""
+    for op in ("policy", "logprob"):
+        compare(op, tied=True, steps=3)
+    compare("logprob", tied=True, steps=3, stage3_max_reuse_distance=10**9)
+    compare("policy", tied=True, inside=True, steps=3)
+
+
+@check
+def gradients_are_accumulated():
+    compare("policy", accumulate=2)
+
+
+@check
+def small_parameters_that_stay_whole():
+    """Below DeepSpeed's threshold nothing is partitioned between the passes."""
+    compare("logprob", persistent=True, stage3_param_persistence_threshold=10**6)
+
+
+@check
+def gathered_by_the_caller_in_forward_only():
+    for op in ("policy", "logprob"):
+        compare(op, around=lambda head: deepspeed.zero.GatheredParameters(head.parameters()))
+
+
+@check
+def a_frozen_head():
+    for op in ("policy", "logprob"):
+        compare(op, frozen=True)
+        compare(op, frozen=True, inside=True)
+
+
+@check
+def bf16_with_fp32_masters():
+    """DeepSpeed reduces in bf16: its gradient is off by the rounding of each rank's, and of theirs
+    added up."""
+    plain, model = Tiny(V, H).bfloat16(), Tiny(V, H).bfloat16()
+    engine = engine_of(model, bf16=True)
+    for op in ("policy", "logprob"):
+        plain.zero_grad()
+        total = torch.zeros(V, H)
+        for rank in range(dist.get_world_size()):
+            plain.zero_grad()
+            loss_of(plain, plain.lm_head, rank, op, []).backward()
+            total += plain.lm_head.weight.grad.float() / dist.get_world_size()
+        engine.backward(loss_of(engine, model.lm_head, dist.get_rank(), op, []))
+        agree(safe_get_full_grad(model.lm_head.weight), total, "gradient", 4e-3)
+        engine.zero_grad()
+
+
+@check
+def nothing_whole_lives_between_the_passes():
+    """Gathered in forward, partitioned until backward, gathered again there if it is needed."""
+    model = Tiny(V, H)
+    engine = engine_of(model)
+    weight, made = model.lm_head.weight, []
+    enter = deepspeed.zero.GatheredParameters.__enter__
+
+    def watched(self):
+        enter(self)
+        if self.params[0] is weight:
+            made.append(weakref.ref(weight.data.untyped_storage()))
+
+    deepspeed.zero.GatheredParameters.__enter__ = watched
+    try:
+        for op, gathers in (("policy", 1), ("logprob", 2)):
+            made.clear()
+            loss = loss_of(engine, model.lm_head, dist.get_rank(), op, [])
+            assert len(made) == 1 and made[0]() is None
+            assert status(weight) == "NOT_AVAILABLE" and weight.numel() == 0
+            engine.backward(loss)
+            assert len(made) == gathers and made[-1]() is None
+            assert status(weight) == "NOT_AVAILABLE" and weight.numel() == 0
+            engine.step()
+    finally:
+        deepspeed.zero.GatheredParameters.__enter__ = enter
+
+
+@check
+def refused_without_a_reduce_hook():
+    """Nobody would average the gradient of a parameter that no engine trains."""
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": dist.get_world_size()}):
+        head = torch.nn.Linear(H, V)
+    hidden, ids = torch.randn(9, H), torch.arange(9)
+    call = (linear_logprob, hidden, head.weight, ids)
+    refused(ValueError, "weight: expected a frozen parameter", *call)
+    with torch.no_grad():
+        got = linear_logprob(hidden, head.weight, ids).logp
+    want = linear_logprob(hidden, whole(head.weight), ids).logp
+    assert torch.equal(got, want)
+    refused(ValueError, "tp_group: expected None", *call, tp_group=dist.group.WORLD)
 
 
 def main(folder: str, rank: str, world: str) -> None:
