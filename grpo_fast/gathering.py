@@ -89,7 +89,11 @@ def _finish_prefetch(parameter: Tensor) -> None:
         if handle is not None:
             # it stays in the registry, from where its module waits a second time, for nothing
             handle.wait()
-            return
+    if not _available(parameter):
+        raise RuntimeError(
+            "DeepSpeed is gathering the lm_head ahead of its module, and no engine here knows of "
+            "it; set stage3_prefetch_bucket_size to 0."
+        )
 
 
 def _lend_a_shape(node: torch.autograd.graph.Node, parameter: Tensor) -> None:

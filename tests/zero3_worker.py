@@ -10,6 +10,7 @@ import os
 import sys
 import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import deepspeed
 import ranks
@@ -19,7 +20,7 @@ from deepspeed.utils import safe_get_full_grad
 from gather_checks import Tiny, fsdp_case, refused
 from vocabulary_checks import agree
 
-from grpo_fast import linear_logprob, linear_policy_loss
+from grpo_fast import gathering, linear_logprob, linear_policy_loss
 
 CHECKS = []
 BOUND = 1e-6
@@ -34,6 +35,9 @@ def check(function):
 def loss_of(model, head, rank: int, op: str, seen: list) -> torch.Tensor:
     """The loss of a rank's batch; the gradient of its hidden states goes to `seen` in backward."""
     x, ids, advantages, mask, scale = fsdp_case(rank, V, H)
+    if op == "logprob":
+        # the other losses have a rank of which every token is masked
+        mask = torch.arange(ids.numel()) % 3 != 2
     hidden = model(x.to(head.weight.dtype))
     if hidden.requires_grad:
         hidden.register_hook(lambda grad: seen.append(grad.clone()))
@@ -53,8 +57,37 @@ def loss_on(hidden, head, ids, advantages, mask, op: str) -> torch.Tensor:
 class Inside(Tiny):
     """Computes the loss in its own forward, where DeepSpeed gathers what is touched by itself."""
 
-    def forward(self, rank: int, op: str, seen: list):
-        return loss_of(super().forward, self.lm_head, rank, op, seen)
+    def forward(self, rank: int, op: str):
+        # not an argument, of which DeepSpeed's hooks would make a copy
+        return loss_of(super().forward, self.lm_head, rank, op, self.seen)
+
+
+class Twice(Tiny):
+    """Runs the lm_head too, for which DeepSpeed's prefetch is under way when the loss comes."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        # DeepSpeed sees only what is taken from a module
+        self.loose = SimpleNamespace(weight=self.lm_head.weight, bias=self.lm_head.bias)
+
+    def forward(self, rank: int, op: str):
+        outputs = []
+
+        def body(x):
+            outputs.append(super(Twice, self).forward(x))
+            return outputs[0]
+
+        loss = loss_of(body, self.loose, rank, op, self.seen)
+        return loss + 0.01 * self.lm_head(outputs[0]).square().mean()
+
+
+def run(model, head, rank: int, op: str, seen: list) -> torch.Tensor:
+    """The loss of a model or its engine, inside of its forward or outside."""
+    inner = getattr(model, "module", model)
+    if isinstance(inner, (Inside, Twice)):
+        inner.seen = seen
+        return model(rank, op)
+    return loss_of(model, head, rank, op, seen)
 
 
 def adam(model):
@@ -99,7 +132,7 @@ def plain_steps(plain, op: str, steps: int, accumulate: int = 1):
         for rank in range(W):
             seen = []
             for _ in range(accumulate):
-                loss = loss_of(plain, plain.lm_head, rank, op, seen)
+                loss = run(plain, plain.lm_head, rank, op, seen)
                 (loss / W / accumulate).backward()
             if rank == dist.get_rank():
                 hidden = [W * accumulate * grad for grad in seen]
@@ -109,7 +142,7 @@ def plain_steps(plain, op: str, steps: int, accumulate: int = 1):
 
 def compare(
     op: str,
-    inside: bool = False,
+    inside: type | None = None,
     tied: bool = False,
     frozen: bool = False,
     accumulate: int = 1,
@@ -119,24 +152,22 @@ def compare(
     **options,
 ) -> None:
     """Gradients and weights of every step."""
-    plain, model = Tiny(V, H, tied), (Inside if inside else Tiny)(V, H, tied)
+    plain, model = (inside or Tiny)(V, H, tied), (inside or Tiny)(V, H, tied)
     for m in (plain, model):
         m.lm_head.requires_grad_(not frozen)
     engine = engine_of(model, accumulate, **options)
     head = engine.module.lm_head
-    assert (status(head.weight) == "AVAILABLE") == persistent
+    assert status(head.weight) == "NOT_AVAILABLE" and head.weight.numel() == 0
     for grads, hidden in plain_steps(plain, op, steps, accumulate):
         seen = []
         for micro in range(accumulate):
             with around(head):
-                if inside:
-                    loss = engine(dist.get_rank(), op, seen)
-                else:
-                    loss = loss_of(engine, head, dist.get_rank(), op, seen)
+                loss = run(engine, head, dist.get_rank(), op, seen)
             engine.backward(loss)
             if micro == accumulate - 1:
                 compare_gradients(model, grads, seen, hidden, accumulate)
             engine.step()
+    assert (status(head.weight) == "AVAILABLE") == persistent
     for (name, p), want in zip(model.named_parameters(), plain.parameters(), strict=True):
         agree(whole(p), want, name, BOUND)
         assert p.grad is None
@@ -162,7 +193,7 @@ def trained_outside_of_the_engine():
 def trained_inside_of_the_engine():
     """The engine's forward ends at the loss; DeepSpeed gathers the weight where it is touched."""
     for op in ("policy", "logprob"):
-        compare(op, inside=True)
+        compare(op, inside=Inside)
 
 
 @check
@@ -171,7 +202,24 @@ def trained_while_tied_to_the_embedding():
     for op in ("policy", "logprob"):
         compare(op, tied=True, steps=3)
     compare("logprob", tied=True, steps=3, stage3_max_reuse_distance=10**9)
-    compare("policy", tied=True, inside=True, steps=3)
+    compare("policy", tied=True, inside=Inside, steps=3)
+
+
+@check
+def prefetched_for_its_own_module():
+    """What DeepSpeed has begun to gather is waited for, from the second step on."""
+    waited, finish = [], gathering._finish_prefetch
+
+    def watched(parameter):
+        finish(parameter)
+        waited.append(status(parameter))
+
+    gathering._finish_prefetch = watched
+    try:
+        compare("logprob", inside=Twice, steps=4)
+    finally:
+        gathering._finish_prefetch = finish
+    assert waited and set(waited) == {"AVAILABLE"}
 
 
 @check
@@ -195,25 +243,24 @@ def gathered_by_the_caller_in_forward_only():
 def a_frozen_head():
     for op in ("policy", "logprob"):
         compare(op, frozen=True)
-        compare(op, frozen=True, inside=True)
+        compare(op, frozen=True, inside=Inside)
 
 
 @check
 def bf16_with_fp32_masters():
     """DeepSpeed reduces in bf16: its gradient is off by the rounding of each rank's, and of theirs
     added up."""
-    plain, model = Tiny(V, H).bfloat16(), Tiny(V, H).bfloat16()
-    engine = engine_of(model, bf16=True)
+    W = dist.get_world_size()
     for op in ("policy", "logprob"):
-        plain.zero_grad()
+        plain, model = Tiny(V, H).bfloat16(), Tiny(V, H).bfloat16()
+        engine = engine_of(model, bf16=True)
         total = torch.zeros(V, H)
-        for rank in range(dist.get_world_size()):
+        for rank in range(W):
             plain.zero_grad()
             loss_of(plain, plain.lm_head, rank, op, []).backward()
-            total += plain.lm_head.weight.grad.float() / dist.get_world_size()
+            total += plain.lm_head.weight.grad.float() / W
         engine.backward(loss_of(engine, model.lm_head, dist.get_rank(), op, []))
         agree(safe_get_full_grad(model.lm_head.weight), total, "gradient", 4e-3)
-        engine.zero_grad()
 
 
 @check
