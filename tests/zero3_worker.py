@@ -1,7 +1,7 @@
 """One rank of `test_zero3.py`: `python zero3_worker.py folder rank world`.
 
-A body and an lm_head that DeepSpeed's ZeRO-3 has partitioned, trained for two steps of Adam, against
-the same in plain torch, where one process goes through the batches of all ranks.
+A body and an lm_head that DeepSpeed's ZeRO-3 has partitioned, trained for two steps of Adam,
+against the same in plain torch, where one process goes through the batches of all ranks.
 """
 
 from __future__ import annotations
@@ -216,7 +216,8 @@ def prefetched_for_its_own_module():
 
     gathering._finish_prefetch = watched
     try:
-        compare("logprob", inside=Twice, steps=4)
+        # a few elements, so that it does not come in one piece with the body
+        compare("logprob", inside=Twice, steps=4, stage3_prefetch_bucket_size=100)
     finally:
         gathering._finish_prefetch = finish
     assert waited and set(waited) == {"AVAILABLE"}
