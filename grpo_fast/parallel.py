@@ -217,9 +217,9 @@ def place(
         hidden: (..., H), on every rank of tp_group the same.
         weight: (V, H); a DTensor or ZeRO-3 parameter of it, which is gathered: all ranks of the
             mesh or of DeepSpeed's group have to make the call, inside of a module's forward or
-            outside; or with tp_group
-            this rank's rows (V_r, H), also as a DTensor Shard(0) over that group. Ranks may hold
-            unequally many, in the order of the vocabulary. bias: likewise, or None.
+            outside. With tp_group this rank's rows (V_r, H), also as a DTensor Shard(0) over that
+            group. Ranks may hold unequally many, in the order of the vocabulary. bias: likewise,
+            or None.
         replicated: ids, mask and what else decides how many rows are computed.
 
     Raises:

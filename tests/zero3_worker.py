@@ -200,9 +200,9 @@ def trained_inside_of_the_engine():
 def trained_while_tied_to_the_embedding():
     """Two gradients of one parameter; the prefetch of the embedding is under way meanwhile."""
     for op in ("policy", "logprob"):
-        compare(op, tied=True, steps=3)
-    compare("logprob", tied=True, steps=3, stage3_max_reuse_distance=10**9)
-    compare("policy", tied=True, inside=Inside, steps=3)
+        compare(op, tied=True)
+    compare("logprob", tied=True, stage3_max_reuse_distance=10**9)
+    compare("policy", tied=True, inside=Inside)
 
 
 @check
