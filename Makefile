@@ -1,5 +1,6 @@
 # make demo   train a small language model with GRPO and watch its reward rise (no GPU needed)
 # make test   every test
+# make test-deepspeed   a head that DeepSpeed has partitioned, with DeepSpeed itself
 # make test-full   the sweeps that are too long for it; the last result is tests/results/full.md
 #
 # Both build .venv when it is missing. Overrides:
@@ -33,7 +34,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-trl test-trl-full test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-deepspeed test-trl test-trl-full test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -64,6 +65,12 @@ PYTEST := $(RUN) -m pytest -q --durations=8
 .liger/.installed: requirements/liger.txt $(ENVIRONMENT)
 	rm -rf .liger
 	$(RUN) -m pip install --quiet --no-deps --target .liger -r requirements/liger.txt
+	touch $@
+
+# Its setup.py imports torch, hence no build isolation; nothing is compiled.
+.deepspeed/.installed: requirements/deepspeed.txt $(ENVIRONMENT)
+	rm -rf .deepspeed
+	DS_BUILD_OPS=0 $(RUN) -m pip install --quiet --no-deps --no-build-isolation --target .deepspeed -r requirements/deepspeed.txt
 	touch $@
 
 demo: $(ENVIRONMENT)
@@ -104,6 +111,9 @@ test-aot36: .triton36/.installed
 	PYTHONPATH=.triton36 $(RUN) tests/aot.py
 	PYTHONPATH=.triton36 $(PYTEST) tests/test_aot.py
 
+test-deepspeed: .deepspeed/.installed
+	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/test_zero3.py
+
 # Its result is committed. ARGS="--only curves" runs one sweep and keeps what the others found.
 test-full: $(ENVIRONMENT)
 	$(RUN) tests/full.py $(ARGS)
@@ -136,6 +146,6 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers .liger .trl build dist *.egg-info
+	rm -rf .venv .triton36 .peers .liger .deepspeed .trl build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -72,23 +72,8 @@ def apply(function: type[torch.autograd.Function], *args):
     return function.apply(*args) if context is None else function.forward(context, *args)
 
 
-class _Refuse(torch.autograd.Function):
-    """The identity, of which the derivative is an error."""
-
-    @staticmethod
-    def forward(ctx, grad):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        raise RuntimeError(
-            "grpo_fast does not support double backward: its gradients are computed by hand, and "
-            "their own derivative is not known."
-        )
-
-
 def once(backward: Callable) -> Callable:
-    """A backward that cannot be differentiated, and says so where somebody tries.
+    """A backward that cannot be differentiated, and says so where somebody asks for a graph of it.
 
     torch's once_differentiable leaves a graph as if the gradients were constants when the upstream
     gradient needs none: a gradient penalty would silently be 0.
@@ -96,10 +81,11 @@ def once(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def wrapper(ctx, *upstream):
-        with torch.no_grad():
-            grads = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():
-            return grads
-        return tuple(None if g is None else _Refuse.apply(g.requires_grad_()) for g in grads)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "grpo_fast does not support double backward: its gradients are computed by hand, "
+                "and create_graph=True would silently leave out their own derivative."
+            )
+        return backward(ctx, *upstream)
 
     return wrapper

@@ -50,18 +50,8 @@ def test_double_backward_says_that_there_is_none(name, weighted):
     hidden, value = scalar(name, make_case())
     # an upstream gradient that needs one itself, and one that is a constant
     factor = torch.tensor(2.0, requires_grad=weighted)
-    (grad,) = torch.autograd.grad(value * factor, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match=DOUBLE):
-        grad.square().sum().backward()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_create_graph_alone_gives_the_same_gradient(name):
-    hidden, value = scalar(name, make_case())
-    (grad,) = torch.autograd.grad(value, hidden, create_graph=True)
-    hidden, value = scalar(name, make_case())
-    (want,) = torch.autograd.grad(value, hidden)
-    assert torch.equal(grad.detach(), want)
+        torch.autograd.grad(value * factor, hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("name", ["linear_policy_loss", "policy_loss"])
