@@ -116,6 +116,7 @@ def _objective(config, logp, old, advantages, mask, rollout_logp) -> tuple[Tenso
     """Token losses of the objective (B, T), and the ratio at its level."""
     lengths = mask.sum(1, keepdim=True).clamp(min=1)
     low, high = config.epsilon, config.upper_epsilon
+    trained_on = old
     if config.loss_type == "vespo" and rollout_logp is not None:
         old = torch.where(torch.isnan(rollout_logp), old, rollout_logp)
     gap = torch.where(mask, logp - old, torch.zeros_like(logp))
@@ -130,6 +131,11 @@ def _objective(config, logp, old, advantages, mask, rollout_logp) -> tuple[Tenso
         gap = torch.where(advantages < 0, gap.clamp(min=-low), above)
         gap = gap.sum(1, keepdim=True) / lengths
     ratio = gap.clamp(-20.0, 20.0).exp().expand_as(logp)
+    if config.loss_type == "vespo":
+        factor = _vespo(config, ratio.detach().clamp(min=1e-8), advantages)
+        # a KL is weighted by the ratio of its own token
+        own = torch.where(mask, logp - trained_on, torch.zeros_like(logp)).clamp(-20.0, 20.0)
+        return -factor * advantages * logp, own.exp()
     objective = config.preset.objective
     if objective == "clip":
         plain = ratio.clamp(max=config.ratio_cap) * advantages
@@ -145,8 +151,6 @@ def _objective(config, logp, old, advantages, mask, rollout_logp) -> tuple[Tenso
         factor = torch.ones_like(fixed)
     elif objective == "cispo":
         factor = fixed.clamp(max=high)
-    elif objective == "vespo":
-        factor = _vespo(config, fixed.clamp(min=1e-8), advantages)
     else:
         factor = fixed.clamp(max=config.ratio_cap) * _within(config, logp.detach(), old, advantages)
     return -factor * advantages * logp, ratio

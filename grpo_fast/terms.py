@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import corrections
+from . import corrections, objectives
 from .batch import Batch, objective_arguments
+from .config import LossConfig
 from .levels import lift
 from .objectives import LOG_RATIO_LIMIT
 
@@ -60,6 +61,7 @@ def evaluate(batch: Batch, stats: Tensor) -> Terms:
     fields = batch.listed(None, logp.dtype)
     old = logp if batch.old_logp is None else fields["old_logp"]
     advantages, dropped = _advantages(batch, fields, logp, entropy, old)
+    trained_on = old
     if config.preset.objective == "vespo" and batch.rollout_logp is not None:
         # its w is the ratio to the policy that sampled
         old = torch.where(torch.isnan(fields["rollout_logp"]), old, fields["rollout_logp"])
@@ -70,6 +72,12 @@ def evaluate(batch: Batch, stats: Tensor) -> Terms:
     sides = fields["advantages"]
     log_ratio, pull = lift(config.level, by_token, mask, batch.bounds, sides, clip)
     choice = objective_arguments(config)
+    of_sequence = log_ratio
+    if config.preset.objective == "vespo":
+        # phi is a factor of the advantage, so that a KL is weighted by each token's own ratio
+        advantages = _times_phi(config, log_ratio, logp, advantages)
+        choice["objective"] = objectives.reinforce
+        log_ratio, pull = torch.where(mask, logp - trained_on, zero), lambda by_ratio: by_ratio
     loss, by_logp, by_ratio, ratio, kl = choice["token_loss"](
         logp,
         log_ratio,
@@ -96,11 +104,23 @@ def evaluate(batch: Batch, stats: Tensor) -> Terms:
     dlogp = by_logp + torch.where(mask, pull(by_ratio), zero)
     if config.level == "sequence_clipped":
         # its clip is one of token ratios
-        log_ratio, ratio = by_token, by_token.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        log_ratio, ratio = by_token, _ratio(by_token)
+    elif config.preset.objective == "vespo":
+        log_ratio, ratio = of_sequence, _ratio(of_sequence)
     gap = batch.rollout_gap
     if gap is None and batch.rollout_logp is not None:
         gap = logp - fields["rollout_logp"]
     return Terms(loss, logp, entropy, ratio, kl, dlogp, log_ratio, advantages, mask, dentropy, gap)
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def _times_phi(config: LossConfig, log_ratio: Tensor, logp: Tensor, advantages: Tensor) -> Tensor:
+    """phi A of VESPO, from the log-ratio of the sequence."""
+    _, slope = objectives.vespo(_ratio(log_ratio), logp, advantages, *config.parameters)
+    return -slope
 
 
 def _advantages(

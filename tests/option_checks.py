@@ -153,11 +153,8 @@ def check_routes(columns_first: bool = False) -> set[str]:
     for route, loss_type, use, trained, options, more in calls:
         given = call_of(case, make_extras(case), use, loss_type, **options)
         taken.add(found := route_of(given, head, trained, **more))
-        if columns_first:
-            only_hidden = trained == ("hidden",) and not given["config"].entropy_coef
-            share = given["config"].top_entropy_quantile
-            if more:
-                route = "frozen_head" if only_hidden and share >= 0.5 else "two_passes"
+        if columns_first and more and "weight" in trained:
+            route = "two_passes"
         assert found == route, (loss_type, use, trained, options)
         want = exact(given, head, trained)
         agree(ours(given, head, trained, **more), want)

@@ -189,7 +189,9 @@ def sequence_losses(config: LossConfig, tokens: Tokens, b: int, steps: list[int]
             value = 0.0
         if tokens.ref is not None:
             kl = penalty(config, logp[i], still[i], tokens.ref[b][t])
-            value += config.beta * kl * (ratio[i] if config.use_bias_correction_kl else 1.0)
+            # vespo has a ratio of the sequence for its objective alone
+            own = math.exp(logp[i] - old[i]) if config.loss_type == "vespo" else ratio[i]
+            value += config.beta * kl * (own if config.use_bias_correction_kl else 1.0)
         out.append(value - config.entropy_coef * tokens.entropy[b][t] * kept)
     return out
 
