@@ -1,5 +1,6 @@
 # make demo   train a small language model with GRPO and watch its reward rise (no GPU needed)
 # make test   every test
+# make test-deepspeed   a head that DeepSpeed has partitioned, with DeepSpeed itself
 # make test-full   the sweeps that are too long for it; the last result is tests/results/full.md
 #
 # Both build .venv when it is missing. Overrides:
@@ -33,7 +34,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-deepspeed test-full test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -54,6 +55,12 @@ PYTEST := $(RUN) -m pytest -q --durations=8
 .peers/.installed: requirements/peers.txt $(ENVIRONMENT)
 	rm -rf .peers
 	$(RUN) -m pip install --quiet --no-deps --target .peers -r requirements/peers.txt
+	touch $@
+
+# Its setup.py imports torch, hence no build isolation; nothing is compiled.
+.deepspeed/.installed: requirements/deepspeed.txt $(ENVIRONMENT)
+	rm -rf .deepspeed
+	DS_BUILD_OPS=0 $(RUN) -m pip install --quiet --no-deps --no-build-isolation --target .deepspeed -r requirements/deepspeed.txt
 	touch $@
 
 demo: $(ENVIRONMENT)
@@ -84,6 +91,9 @@ test-aot36: .triton36/.installed
 	PYTHONPATH=.triton36 $(RUN) tests/aot.py
 	PYTHONPATH=.triton36 $(PYTEST) tests/test_aot.py
 
+test-deepspeed: .deepspeed/.installed
+	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/test_zero3.py
+
 # Its result is committed. ARGS="--only curves" runs one sweep and keeps what the others found.
 test-full: $(ENVIRONMENT)
 	$(RUN) tests/full.py $(ARGS)
@@ -110,6 +120,6 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers build dist *.egg-info
+	rm -rf .venv .triton36 .peers .deepspeed build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -231,8 +231,9 @@ def linear_logprob(
         tp_group: the ranks over which the vocabulary is split: weight (V_r, H), bias (V_r,) and B
             (V_r, r) are this rank's rows, in the order of the ranks, and all else is the same on
             every rank. Their gradients stay local, those of hidden and A are the whole ones on
-            every rank. None: a DTensor (FSDP2) is gathered in forward and again in backward, and
-            its gradient averaged over its mesh.
+            every rank. None: a weight or bias that is a DTensor (FSDP2) or partitioned by
+            DeepSpeed (ZeRO-3) is gathered in forward and again in backward. Their gradients are
+            averaged: over the mesh, and by the hook of the engine that trains the parameter.
 
     Returns:
         LogProbs, each field shaped like ids, fp32 (fp64 for fp64 inputs), 0 where masked.

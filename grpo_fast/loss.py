@@ -131,7 +131,9 @@ def linear_policy_loss(
             room for 2,048 rows and at least 1 GiB on CUDA, 384 MiB elsewhere. It is kept for the
             next call: `chunks.release_workspace` gives it back.
         tp_group: the ranks over which the vocabulary is split, as in `linear_logprob`; None: a
-            DTensor (FSDP2) is gathered, and its gradient averaged over its mesh in backward.
+            weight or bias that is a DTensor (FSDP2) or partitioned by DeepSpeed (ZeRO-3) is
+            gathered in forward. Their gradients are averaged in backward: over the mesh, and by
+            the hook of the engine that trains the parameter. Every rank has to make the call.
         explain: compute nothing and return the `Plan`: the route, its FLOPs and its bytes.
 
     Returns:

@@ -1,9 +1,8 @@
-"""The lm_head over a process group: shards of the vocabulary that work together (tensor parallel),
-or shards that are gathered while a call needs them (FSDP2, ZeRO-3)."""
+"""The lm_head of one call: shards of the vocabulary over a process group that work together (tensor
+parallel), or a whole one, which `gathering.py` makes of shards (FSDP2, ZeRO-3)."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backend import Backend
+from .gathering import Source, gathered, is_dtensor, is_zero3
 from .inputs import FLOATS, fail
 
 
@@ -172,83 +171,6 @@ def _policy(rows: Backend) -> Callable:
     return policy
 
 
-def _is_dtensor(value: object) -> bool:
-    """True for a DTensor; there is none before its module was imported, which takes a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
-
-
-def _is_partitioned(value: object) -> bool:
-    """True for a parameter of ZeRO-3 that is not gathered at the moment."""
-    return hasattr(value, "ds_id") and tuple(value.shape) != tuple(value.ds_shape)
-
-
-class _Gather(torch.autograd.Function):
-    """A DTensor's shards -> the whole; its gradient is averaged over the mesh, as FSDP2 does it."""
-
-    @staticmethod
-    def forward(ctx, shard):
-        ctx.mesh, ctx.placements, ctx.dtype = shard.device_mesh, shard.placements, shard.dtype
-        return shard.full_tensor()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        from torch.distributed.tensor import DTensor, Partial
-
-        # summed in fp32 whatever the weight is stored in; every rank's part was rounded once before
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        part = DTensor.from_local(wide, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
-        return part.redistribute(placements=ctx.placements).div(ctx.mesh.size()).to(ctx.dtype)
-
-
-@dataclass
-class _Source:
-    """What a backward pass gets a saved tensor from; a gathered one is gathered again."""
-
-    parameter: Tensor
-    version: int
-    """What in-place changes of the parameter count up."""
-
-    def unpack(self) -> Tensor:
-        """The whole tensor, without a graph."""
-        if self.parameter._version != self.version:
-            raise RuntimeError(
-                "the hidden states or the sharded lm_head were modified between the forward and "
-                "the backward pass of linear_logprob; call backward before the optimizer steps."
-            )
-        if _is_dtensor(self.parameter):
-            return self.parameter.full_tensor()
-        return _zero3_whole(self.parameter) if _is_partitioned(self.parameter) else self.parameter
-
-
-def _zero3_whole(parameter: Tensor) -> Tensor:
-    from deepspeed.zero import GatheredParameters
-
-    with GatheredParameters([parameter]):
-        # leaving takes the memory from the parameter and not from this alias of it
-        return parameter.detach()
-
-
-def _gathered(name: str, value: Tensor | None) -> tuple[Tensor | None, _Source | None]:
-    """The whole of a sharded tensor and where it came from; anything else as it is."""
-    if _is_dtensor(value):
-        from torch.distributed.tensor import Replicate, Shard
-
-        if any(type(p) is not Replicate and p != Shard(0) for p in value.placements):
-            fail(name, "a DTensor of placements Shard(0) or Replicate()", value.placements)
-        return _Gather.apply(value), _Source(value.detach(), value._version)
-    if _is_partitioned(value):
-        if value.requires_grad and torch.is_grad_enabled():
-            expected = (
-                "a frozen parameter or torch.no_grad() under ZeRO-3: DeepSpeed's reduce hooks take "
-                "a gradient only while its own module runs, so one from here would be lost"
-            )
-            fail(name, expected, "a partitioned parameter that requires a gradient")
-        return _zero3_whole(value), _Source(value, value._version)
-    return value, None
-
-
 @dataclass
 class Placement:
     """The lm_head of one call as this rank computes with it."""
@@ -257,7 +179,7 @@ class Placement:
     """(V of this rank, H), or the gathered (V, H)."""
     bias: Tensor | None
     shard: VocabularyShard | None = None
-    sources: dict[int, _Source] = field(default_factory=dict)
+    sources: dict[int, Source] = field(default_factory=dict)
     """Where the tensor at an address was gathered from."""
 
     @property
@@ -277,7 +199,7 @@ class Placement:
         # without self, whose weight would live as long as the graph
         sources = self.sources
         return torch.autograd.graph.saved_tensors_hooks(
-            lambda t: sources.get(t.data_ptr()) or _Source(t, t._version), _Source.unpack
+            lambda t: sources.get(t.data_ptr()) or Source(t, t._version), Source.unpack
         )
 
 
@@ -293,19 +215,21 @@ def place(
 
     Args:
         hidden: (..., H), on every rank of tp_group the same.
-        weight: (V, H); a DTensor or ZeRO-3 parameter of it, which is gathered; or with tp_group
-            this rank's rows (V_r, H), also as a DTensor Shard(0) over that group. Ranks may hold
-            unequally many, in the order of the vocabulary. bias: likewise, or None.
+        weight: (V, H); a DTensor or ZeRO-3 parameter of it, which is gathered: all ranks of the
+            mesh or of DeepSpeed's group have to make the call, inside of a module's forward or
+            outside. With tp_group this rank's rows (V_r, H), also as a DTensor Shard(0) over that
+            group. Ranks may hold unequally many, in the order of the vocabulary. bias: likewise,
+            or None.
         replicated: ids, mask and what else decides how many rows are computed.
 
     Raises:
         ValueError: an argument that differs between the ranks of tp_group (on all of them, after
             one small all-gather), or that cannot be gathered; it is named.
     """
-    if _is_dtensor(hidden):
+    if is_dtensor(hidden):
         fail("hidden", "a plain tensor (hidden.to_local() or .full_tensor())", "a DTensor")
     if tp_group is None:
-        found = (_gathered("weight", weight), _gathered("bias", bias))
+        found = (gathered("weight", weight), gathered("bias", bias))
         sources = {t.data_ptr(): source for t, source in found if source is not None}
         return Placement(found[0][0], found[1][0], None, sources)
     if not isinstance(tp_group, dist.ProcessGroup):
@@ -324,9 +248,9 @@ def place(
 
 def _local(name: str, value: Tensor | None, group: dist.ProcessGroup) -> Tensor | None:
     """This rank's rows; of a DTensor with the gradient going back as one."""
-    if _is_partitioned(value):
-        fail("tp_group", f"None for a {name} that ZeRO-3 has partitioned", "a process group")
-    if not _is_dtensor(value):
+    if is_zero3(value):
+        fail("tp_group", f"None for a {name} of ZeRO-3", "a process group")
+    if not is_dtensor(value):
         return value
     from torch.distributed.tensor import Shard
 

@@ -2,58 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import types
 from contextlib import contextmanager
-from pathlib import Path
 
 import parallel_worker
 import pytest
+import ranks
 import torch
 import vocabulary_checks
 
 from grpo_fast import linear_logprob, linear_policy_loss, reference, torch_backend
 from grpo_fast.parallel import merge_stats
 
-HERE = Path(__file__).resolve().parent
-
 
 @pytest.fixture(scope="module", params=(2, 4))
 def said(request, tmp_path_factory) -> list[dict[str, str]]:
     """What each rank said to each check: its traceback, or nothing."""
-    world, folder = request.param, tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    alone = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    program = [sys.executable, str(HERE / "parallel_worker.py"), str(folder)]
-    ranks = [
-        subprocess.Popen(
-            [*program, str(rank), str(world)],
-            env={**os.environ, **alone},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        printed = [process.communicate(timeout=150)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    files = [folder / f"{rank}.json" for rank in range(world)]
-    assert all(file.exists() for file in files), "\n".join(printed)[-4000:]
-    return [json.loads(file.read_text()) for file in files]
+    return ranks.ask("parallel_worker.py", tmp_path_factory.mktemp("ranks"), request.param)
 
 
 @pytest.mark.parametrize("name", [f.__name__ for f in parallel_worker.CHECKS])
 def test_processes_agree_with_one(said, name):
-    for rank, answers in enumerate(said):
-        # a rank stops at its first failure, which would leave the others waiting
-        answer = answers.get(name, "not reached: an earlier check failed")
-        assert answer == "", f"rank {rank}: {answer}"
+    ranks.judge(said, name)
 
 
 def shard_stats(logits, ids, sizes):
@@ -108,10 +79,15 @@ class Partitioned(torch.nn.Parameter):
 
 @pytest.fixture
 def zero3(monkeypatch):
-    """A stub under the names of DeepSpeed, which is not installed: parameters with `ds_id` and
-    `ds_shape`, and a `GatheredParameters` that gives them their data and takes it away again, as
-    `free_param` of DeepSpeed does, by assigning an empty tensor."""
+    """A stub under the names of DeepSpeed, for environments without it (`test_zero3.py` has the
+    real one): parameters with `ds_id`, `ds_shape` and `ds_status`, and a `GatheredParameters` that
+    gives them their data and takes it away again, as `free_param` of DeepSpeed does, by assigning
+    an empty tensor."""
     stored, entered = {}, []
+
+    def release(p):
+        p.data = torch.empty(0)
+        p.ds_status = types.SimpleNamespace(name="NOT_AVAILABLE")
 
     @contextmanager
     def gathered(parameters):
@@ -119,20 +95,21 @@ def zero3(monkeypatch):
         entered.append(len(parameters))
         for p in parameters:
             p.data = stored[p.ds_id].clone()
+            p.ds_status = types.SimpleNamespace(name="AVAILABLE")
         yield
         for p in parameters:
-            p.data = torch.empty(0)
+            release(p)
 
     def partition(value, requires_grad):
         p = Partitioned(value.clone(), requires_grad=requires_grad)
         p.ds_id, p.ds_shape = len(stored), value.shape
         stored[p.ds_id] = value.clone()
-        p.data = torch.empty(0)
+        release(p)
         return p
 
+    # `deepspeed.zero` is an attribute of the package and no module of its own
     zero = types.SimpleNamespace(GatheredParameters=gathered)
     monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", zero)
     return types.SimpleNamespace(partition=partition, entered=entered)
 
 
@@ -160,10 +137,29 @@ def test_zero3_is_gathered_in_both_passes(zero3):
     assert all(p.numel() == 0 for p in parts)
 
 
-def test_zero3_cannot_take_a_gradient(zero3):
+@pytest.mark.parametrize("op", (linear_logprob, linear_policy_loss))
+def test_zero3_gradient_reaches_the_hook_of_the_parameter(zero3, op):
+    value, hidden, ids = torch.randn(33, 8), torch.randn(9, 8), torch.arange(9)
+    plain, weight, taken = value.clone().requires_grad_(), zero3.partition(value, True), []
+
+    def hook(p):
+        taken.append(p.grad)
+        p.grad = None
+
+    weight.register_post_accumulate_grad_hook(hook)
+    for head in (plain, weight):
+        if op is linear_logprob:
+            op(hidden, head, ids).logp.sum().backward()
+        else:
+            op(hidden, head, ids, torch.ones(9))[0].backward()
+    assert len(taken) == 1 and torch.equal(taken[0], plain.grad)
+    assert weight.shape == (0,) and weight.grad is None
+
+
+def test_zero3_without_a_hook_cannot_take_a_gradient(zero3):
     weight = zero3.partition(torch.randn(33, 8), True)
     hidden, ids = torch.randn(9, 8), torch.arange(9)
-    with pytest.raises(ValueError, match="weight: expected a frozen parameter .* ZeRO-3"):
+    with pytest.raises(ValueError, match="weight: expected a frozen parameter.* ZeRO-3"):
         linear_logprob(hidden, weight, ids)
     with torch.no_grad():
         assert torch.isfinite(linear_logprob(hidden, weight, ids).logp).all()
