@@ -213,7 +213,7 @@ MUTANTS = [
             "fits = f.longest is not None and f.longest <= f.chunk_rows",
             "fits = f.longest is not None",
             "a sequence that does not fit a chunk is cut in one",
-            "calls",
+            "loss",
         ),
         (
             "elif by_itself and not f.fp16:",
@@ -228,7 +228,7 @@ MUTANTS = [
             "place = slice(start, stop) if index is None else index[start:stop]",
             "place = slice(start, stop) if index is None else index[: stop - start]",
             "every chunk is the first one",
-            "calls",
+            "loss",
         ),
     ),
     *_of(
