@@ -243,7 +243,7 @@ MUTANTS = [
             "dhidden = torch.addmm(dh, du, lora.A.to(du.dtype), alpha=lora.scale)",
             "dhidden = torch.addmm(dh, du, lora.A.to(du.dtype))",
             "the adapter's part of dhidden without its scale",
-            "calls",
+            "options",
         ),
         (
             "return torch.exp2(-torch.floor(",
@@ -291,7 +291,7 @@ MUTANTS = [
             "if u is not None and dentropy is None and dlse is None:",
             "if u is not None:",
             "a frozen head loses the gradient of entropy and lse",
-            "calls",
+            "gradcheck",
         ),
     ),
     *_of(
