@@ -176,26 +176,29 @@ def _metrics_agree(metrics, config, ratio, advantages, entropy, kl) -> None:
 
 
 def check_many_chunks(level: str, use_old: bool) -> None:
-    """45 tokens, 16 rows at a time: the same loss and gradients as the reference."""
-    case = make_case(lengths=(9, 9, 9, 9, 9))
-    config = LossConfig(importance_sampling_level=level, beta=0.1)
-    want = truth(case, config, use_old=use_old, use_ref=True)
-    hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
-    V, H = weight.shape
-    loss, metrics = linear_policy_loss(
-        hidden,
-        weight,
-        case.ids,
-        case.advantages,
-        config=config,
-        old_logp=case.old_logp if use_old else None,
-        ref_logp=case.ref_logp,
-        workspace_bytes=FIXED_BYTES + 16 * 4 * (V + 3 * H),
-    )
-    loss.backward()
-    assert metrics["active_rows"] == 45
-    for got, exact in zip((loss, hidden.grad, weight.grad), want[:3], strict=True):
-        assert relative(got, exact) < BOUND
+    """45 tokens, 16 rows at a time: the same loss and gradients as the reference; and 47 of which
+    some are masked, with a sequence that does not fit a chunk."""
+    for lengths in ((9, 9, 9, 9, 9), (40, 0, 7)):
+        case = make_case(lengths=lengths)
+        config = LossConfig(importance_sampling_level=level, beta=0.1)
+        want = truth(case, config, use_old=use_old, use_ref=True)
+        hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
+        V, H = weight.shape
+        loss, metrics = linear_policy_loss(
+            hidden,
+            weight,
+            case.ids,
+            case.advantages,
+            config=config,
+            mask=case.mask,
+            old_logp=case.old_logp if use_old else None,
+            ref_logp=case.ref_logp,
+            workspace_bytes=FIXED_BYTES + 16 * 4 * (V + 3 * H),
+        )
+        loss.backward()
+        assert metrics["active_rows"] == sum(lengths)
+        for got, exact in zip((loss, hidden.grad, weight.grad), want[:3], strict=True):
+            assert relative(got, exact) < BOUND
 
 
 def check_zero_advantages_leave_the_backward() -> None:

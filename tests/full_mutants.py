@@ -39,6 +39,8 @@ SUITES = {
     "loss": Suite(("tests/test_loss.py",)),
     "mathematics": Suite(("tests/test_mathematics.py",)),
     "corrections": Suite(("tests/test_corrections.py",)),
+    "options": Suite(("tests/test_loss_options.py", "-k", "test_lora")),
+    "gradcheck": Suite(("tests/test_gradcheck.py", "-k", "test_linear_logprob")),
     "kernels": Suite(("tests/test_triton_ops.py",), True),
     "calls": Suite(("tests/test_triton_properties.py",), True),
 }

@@ -63,7 +63,7 @@ def configs(draw, beta: bool) -> dict[str, Any]:
         "rollout_correction": draw(st.sampled_from(ROLLOUT_CORRECTIONS)),
         "rollout_ratio_min": rarely(draw, st.sampled_from((0.5, 0.9)), 2),
         "rollout_ratio_max": draw(st.sampled_from((None, 1.2, 3.0))),
-        "off_policy_mask_threshold": rarely(draw, st.sampled_from((0.0, 0.1)), 6),
+        "off_policy_mask_threshold": rarely(draw, st.sampled_from((0.02, 0.1)), 6),
     }
     if "ratio_cap" in OBJECTIVES[preset.objective].parameters:
         config["delta"] = rarely(draw, st.sampled_from((1.7, 4.0)), 2)

@@ -213,7 +213,7 @@ MUTANTS = [
             "fits = f.longest is not None and f.longest <= f.chunk_rows",
             "fits = f.longest is not None",
             "a sequence that does not fit a chunk is cut in one",
-            "calls",
+            "loss",
         ),
         (
             "elif by_itself and not f.fp16:",
@@ -228,7 +228,7 @@ MUTANTS = [
             "place = slice(start, stop) if index is None else index[start:stop]",
             "place = slice(start, stop) if index is None else index[: stop - start]",
             "every chunk is the first one",
-            "calls",
+            "loss",
         ),
     ),
     *_of(
@@ -243,7 +243,7 @@ MUTANTS = [
             "dhidden = torch.addmm(dh, du, lora.A.to(du.dtype), alpha=lora.scale)",
             "dhidden = torch.addmm(dh, du, lora.A.to(du.dtype))",
             "the adapter's part of dhidden without its scale",
-            "calls",
+            "options",
         ),
         (
             "return torch.exp2(-torch.floor(",
@@ -291,7 +291,7 @@ MUTANTS = [
             "if u is not None and dentropy is None and dlse is None:",
             "if u is not None:",
             "a frozen head loses the gradient of entropy and lse",
-            "calls",
+            "gradcheck",
         ),
     ),
     *_of(

@@ -111,6 +111,18 @@ def check_nan_is_seen() -> None:
     assert torch.equal(clean[0], masked[0]) and torch.equal(clean_grad, masked_grad)
     assert clean[1]["nonfinite_tokens"] == 0
     assert torch.isnan(poisoned[0]) and poisoned[1]["nonfinite_tokens"] == 1
+    # a banned token was sampled: its clamped ratio and its loss are finite
+    bias = torch.zeros(case.weight.shape[0])
+    bias[case.ids[0, 2]] = -torch.inf
+    banned = (case.ids == case.ids[0, 2]) & case.mask
+    args = (torch.nan_to_num(case.hidden), case.weight, case.ids)
+    given = {"config": config, "mask": case.mask, "old_logp": case.old_logp}
+    _, metrics = linear_policy_loss(*args, case.advantages, bias=bias, **given)
+    assert metrics["nonfinite_tokens"] == banned.sum() > 0
+    advantages = case.advantages.clone()
+    advantages[3] = torch.nan
+    loss, metrics = linear_policy_loss(*args, advantages, **given)
+    assert torch.isnan(loss) and metrics["nonfinite_tokens"] == case.mask[3].sum() > 0
 
 
 def check_row_statistics_do_not_depend_on_batch() -> None:
