@@ -71,8 +71,6 @@ def options(loss_type: str, level: str) -> list[Options]:
     for (beta, weight_kl), delta, old, bias, ratio in product(
         KLS, deltas, (True, False), (False, True), RATIOS
     ):
-        if loss_type == "vespo" and weight_kl:
-            continue
         for ref in ("logps", "hidden") if beta else ("logps",):
             out.append(Options(loss_type, level, beta, weight_kl, delta, old, ref, bias, ratio))
     return out

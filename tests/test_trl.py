@@ -61,10 +61,10 @@ def combinations() -> list[tuple]:
 
 
 def named(combination: tuple) -> dict[str, object]:
-    """Options of a trainer. cispo's bound is raw, and vespo's KL has no ratio (refused)."""
+    """Options of a trainer. cispo's bound is raw."""
     name, *bits = combination
     chosen = {k: v[bit] for (k, v), bit in zip(FACTORS.items(), bits, strict=True)}
-    special = {"cispo": {"epsilon_high": 1.01}, "vespo": {"use_bias_correction_kl": False}}
+    special = {"cispo": {"epsilon_high": 1.01}}
     return {"loss_type": name, **chosen, **special.get(name, {})}
 
 
@@ -236,7 +236,6 @@ REFUSED = {
     "entropy_coef with loss_type='grpo'": {"entropy_coef": 0.1, "loss_type": "grpo"},
     "entropy_coef with loss_type='sapo'": {"entropy_coef": 0.1, "loss_type": "sapo"},
     "entropy_coef with top_entropy_quantile": {"entropy_coef": 0.1, "top_entropy_quantile": 0.5},
-    "use_bias_correction_kl=True": {"loss_type": "vespo", "beta": 0.1},
     "router_aux_loss_coef": {"router_aux_loss_coef": 0.01},
     "delta: cispo": {"loss_type": "cispo", "delta": 3.0},
     "delta must be": {"delta": 1.01},

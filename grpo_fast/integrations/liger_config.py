@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..config import LossConfig
 from ..inputs import fail
+from .names import owned
 from .rollout_ratio import tokens_per_rank
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -19,12 +20,10 @@ def loss_config(loss_type: str, level: str, weight_kl: bool, **more) -> LossConf
     if level not in levels:
         fail("importance_sampling_level", f"{' or '.join(levels)} for {loss_type}", repr(level))
     vespo = loss_type == "vespo"
-    if vespo and weight_kl and more["beta"]:
-        # Liger multiplies this KL by the ratio of the token, our vespo by that of the sequence
-        fail("use_bias_correction_kl", "False for vespo with beta > 0", True)
     for name in ("vespo_lambda_pos", "vespo_lambda_neg"):
         more[name] = max(more[name], 1e-4)
     more["importance_sampling_level"] = None if vespo else level
+    more = owned(loss_type, more)
     return LossConfig(loss_type=loss_type, use_bias_correction_kl=weight_kl, **more)
 
 

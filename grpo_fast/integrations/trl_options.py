@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from grpo_fast import LossConfig
+from grpo_fast.integrations.names import owned
 
 _SAME = ("loss_type", "importance_sampling_level", "epsilon", "delta", "beta", "temperature")
 _SAME += ("use_bias_correction_kl", "top_entropy_quantile", "off_policy_mask_threshold")
@@ -36,9 +37,6 @@ def loss_config(args: Any) -> LossConfig:
         f"entropy_coef with {kind}": bonus and args.loss_type in ("grpo", "sapo"),
         "entropy_coef with top_entropy_quantile < 1": bonus and quantile,
         "top_entropy_quantile < 1 on several processes": quantile and args.world_size > 1,
-        f"use_bias_correction_kl=True with {kind} and beta": vespo
-        and args.beta != 0.0
-        and args.use_bias_correction_kl,
         f"vllm_importance_sampling_correction with {kind}": vespo and corrected,
         "router_aux_loss_coef": bool(args.router_aux_loss_coef),
     }
@@ -49,7 +47,7 @@ def loss_config(args: Any) -> LossConfig:
     if vespo:
         # whatever the option says, TRL's ratio is that of the sequence too
         given["importance_sampling_level"] = None
-    return LossConfig(**given)
+    return LossConfig(**owned(args.loss_type, given))
 
 
 def accumulation_steps(trainer: Any) -> float:
