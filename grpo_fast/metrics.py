@@ -34,7 +34,8 @@ def summarize(terms: Terms, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss: 0-d; exactly 0 when everything is masked.
         metrics: `loss`; `kl` (nats, only with a reference); `entropy` (nats); `clip_low` and
             `clip_high` (share of tokens whose ratio left the bounds on the side its advantage
-            pushes to), `clip_ratio` (their sum); `ratio_mean`, `ratio_min`, `ratio_max`; the
+            pushes to), `clip_ratio` (their sum); `ratio_mean`, `ratio_min`, `ratio_max` (at
+            the level of the loss; of tokens in gmpo and vespo); the
             counts `tokens`, `active_rows` (a derivative that is not exactly 0), `nonfinite_tokens`
             (NaN or infinite log-prob or loss) and `clamped_ratios` (|log-ratio| above 20 nats);
             and with rollout log-probs `rollout_gap` (log p(old) / p(rollout), nats),

@@ -72,7 +72,6 @@ def evaluate(batch: Batch, stats: Tensor) -> Terms:
     sides = fields["advantages"]
     log_ratio, pull = lift(config.level, by_token, mask, batch.bounds, sides, clip)
     choice = objective_arguments(config)
-    of_sequence = log_ratio
     if config.preset.objective == "vespo":
         # phi is a factor of the advantage, so that a KL is weighted by each token's own ratio
         advantages = _times_phi(config, log_ratio, logp, advantages)
@@ -105,8 +104,6 @@ def evaluate(batch: Batch, stats: Tensor) -> Terms:
     if config.level == "sequence_clipped":
         # its clip is one of token ratios
         log_ratio, ratio = by_token, _ratio(by_token)
-    elif config.preset.objective == "vespo":
-        log_ratio, ratio = of_sequence, _ratio(of_sequence)
     gap = batch.rollout_gap
     if gap is None and batch.rollout_logp is not None:
         gap = logp - fields["rollout_logp"]

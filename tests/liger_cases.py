@@ -10,6 +10,7 @@ import torch
 from loss_cases import make_case
 
 from grpo_fast import LossConfig, reference
+from grpo_fast.integrations.names import owned
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 KINDS = [(name, level) for name in CLIPPED for level in ("token", "sequence")]
@@ -58,7 +59,7 @@ class Options:
     @property
     def config(self) -> LossConfig:
         """What they mean."""
-        keywords = self.keywords
+        keywords = owned(self.loss_type, self.keywords)
         if self.loss_type == "vespo":
             del keywords["importance_sampling_level"]
         return LossConfig(epsilon=0.2, epsilon_high=self.epsilon_high, **keywords)
