@@ -88,7 +88,9 @@ def test_curves(path, combination):
     ours, theirs = both(path, **options)
     assert len(steps(ours)) == 8
     found = differences(ours, theirs)
-    assert {name: gap for name, gap in found.items() if not gap <= TOLERANCE} == {}
+    # vespo weights a sequence by a function of the product of its ratios, and of their rounding
+    allowed = 3e-5 if options["loss_type"] == "vespo" else TOLERANCE
+    assert {name: gap for name, gap in found.items() if not gap <= allowed} == {}
     second = steps(theirs)[1]
     assert ("kl" in second) == (options["beta"] > 0)
     clipped = second.get("clip_ratio/region_mean", second.get("cispo_clip_ratio"))
