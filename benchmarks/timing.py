@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from grpo_fast import reference
+from grpo_fast.chunks import release_workspace
 
 # Relative L2 distance from float64 up to which a result counts as right. In fp32 1 - p of a likely
 # token cancels in plain torch, which costs it 3e-5 of the gradient on peaked logits; bf16 logits
@@ -152,16 +153,20 @@ def interleaved(
 def peak_memory(run: Callable[[], None], device: torch.device) -> int:
     """Bytes that run had allocated at its worst moment, less what it leaves behind (gradients).
 
-    Every tensor counts, also those of compiled code; on CPU as torch's profiler records them.
+    Every tensor counts, also those of compiled code; on CPU as torch's profiler records them. So
+    does the workspace that our calls keep for the next one.
     """
+    release_workspace()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
         torch.cuda.synchronize(device)
+        release_workspace()
         return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
+        release_workspace()
     events = recorded.profiler.kineto_results.events()
     events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
     alive = peak = 0

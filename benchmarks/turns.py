@@ -13,6 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from grpo_fast.chunks import release_workspace
+
 
 class _Closed(Exception):
     """Ends a contestant's training before its last step."""
@@ -113,8 +115,10 @@ class _StepEnd(TrainerCallback):
 def peak_memory(device: torch.device, tell: Callable[[int], None]) -> Iterator[None]:
     """Tells the bytes that this thread had allocated at its worst moment, above those at the start.
 
-    On CPU as torch's profiler records them, which slows things down.
+    On CPU as torch's profiler records them, which slows things down. The workspace that our calls
+    keep for the next one counts.
     """
+    release_workspace()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -223,7 +223,7 @@ class LinearHead:
     def logits_buffer(self, rows: int, columns: int) -> Tensor:
         """(rows, columns) of the workspace."""
         n_bytes = rows * columns * self.dtype.itemsize
-        flat = workspace(self.hidden, n_bytes, self.budget).view(self.dtype)
+        flat = workspace(self.hidden, n_bytes, self.budget - FIXED_BYTES).view(self.dtype)
         return flat.view(rows, columns)
 
     def gather(self, index: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor | slice]:

@@ -73,8 +73,8 @@ def run(argv: list[str]) -> int:
 def self_test(device: torch.device) -> bool:
     """Compare `linear_policy_loss` in fp32 with float64 autograd of `reference.policy_loss`.
 
-    Prints the relative L2 distance of the loss and both gradients for each loss type, and for one
-    sequence-level loss.
+    Prints the relative L2 distance of the loss and both gradients for each loss type at its own
+    level of the ratio, and for grpo at that of the sequence.
 
     Args:
         device: where the fused loss runs; the reference runs on the CPU.
@@ -83,8 +83,8 @@ def self_test(device: torch.device) -> bool:
         True when every distance is at most `TOLERANCE`.
     """
     print(f"\nself-test on {device}: relative L2 distance to float64, at most {TOLERANCE:.0e}")
-    print(f"  {'loss':<10} {'level':<9} {'loss':>9} {'dhidden':>9} {'dweight':>9}")
-    cases = [(name, "token") for name in PRESETS] + [("grpo", "sequence")]
+    print(f"  {'loss':<15} {'level':<16} {'loss':>9} {'dhidden':>9} {'dweight':>9}")
+    cases = [(name, None) for name in PRESETS] + [("grpo", "sequence")]
     worst = 0.0
     for loss_type, level in cases:
         config = LossConfig(
@@ -98,7 +98,8 @@ def self_test(device: torch.device) -> bool:
         errors = _compare(config, device)
         # NaN is a failure as well
         worst = max(worst, *(e if e == e else float("inf") for e in errors))
-        print(f"  {loss_type:<10} {level:<9} " + " ".join(f"{error:9.1e}" for error in errors))
+        numbers = " ".join(f"{error:9.1e}" for error in errors)
+        print(f"  {loss_type:<15} {config.level:<16} {numbers}")
     passed = worst <= TOLERANCE
     print(f"  {'PASS' if passed else 'FAIL'}: the largest is {worst:.1e}")
     return passed

@@ -8,10 +8,16 @@ import pytest
 import torch
 from allocations import Allocations
 
-from grpo_fast import LossConfig, linear_logprob, linear_policy_loss
-from grpo_fast.chunks import FIXED_BYTES
+from grpo_fast import LossConfig, chunks, linear_logprob, linear_policy_loss
+from grpo_fast.chunks import FIXED_BYTES, release_workspace
 
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def no_workspace():
+    """What an earlier call kept would not be seen as allocated."""
+    release_workspace()
 
 
 def inputs(N, V, H, dtype=torch.float32):
@@ -128,3 +134,23 @@ def test_issue_shape_stays_within_inputs_gradients_workspace():
     print(f"peak {peak // MIB} MiB, RSS growth {rss // MIB} MiB, budget {int(budget) // MIB} MiB")
     assert peak <= budget
     assert rss <= budget
+
+
+def test_the_workspace_is_kept_and_given_back():
+    """The second call takes the memory of the first; a smaller budget keeps no larger one."""
+    N, V, H = 512, 4096, 64
+    hidden, weight, ids, advantages, _ = inputs(N, V, H)
+
+    def kept(budget: int) -> torch.Tensor:
+        linear_policy_loss(hidden, weight, ids, advantages, workspace_bytes=FIXED_BYTES + budget)
+        (buffer,) = chunks._KEPT.buffers.values()
+        return buffer
+
+    first = kept(8 * MIB)
+    assert 6 * MIB < first.numel() <= 8 * MIB
+    assert kept(8 * MIB) is first
+    small = kept(2 * MIB)
+    assert small is not first and small.numel() <= 2 * MIB
+    release_workspace()
+    assert not hasattr(chunks._KEPT, "buffers")
+    assert linear_logprob(hidden, weight, ids).logp.isfinite().all()
