@@ -61,10 +61,12 @@ def combinations() -> list[tuple]:
 
 
 def named(combination: tuple) -> dict[str, object]:
-    """Options of a trainer. cispo's bound is raw."""
+    """Options of a trainer. cispo's bound is raw, and vespo's KL takes no ratio of the sequence."""
     name, *bits = combination
     chosen = {k: v[bit] for (k, v), bit in zip(FACTORS.items(), bits, strict=True)}
     special = {"cispo": {"epsilon_high": 1.01}}
+    if chosen["importance_sampling_level"] == "sequence":
+        special["vespo"] = {"use_bias_correction_kl": False}
     return {"loss_type": name, **chosen, **special.get(name, {})}
 
 

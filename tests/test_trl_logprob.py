@@ -124,6 +124,8 @@ def test_every_trainer(path, name):
             if value is not None and not key.endswith(("time", "per_second")):
                 # transformers rounds the loss
                 rounding = 2e-6 if key == "loss" else 1e-6
+                # KTO's is a mean of differences of sums over a sequence, some 100 nats each
+                rounding = 5e-6 if key == "kl" else rounding
                 assert mine[key] == pytest.approx(value, rel=TOLERANCE, abs=rounding), key
 
 

@@ -37,6 +37,10 @@ def loss_config(args: Any) -> LossConfig:
         f"entropy_coef with {kind}": bonus and args.loss_type in ("grpo", "sapo"),
         "entropy_coef with top_entropy_quantile < 1": bonus and quantile,
         "top_entropy_quantile < 1 on several processes": quantile and args.world_size > 1,
+        f"use_bias_correction_kl at the level of the sequence with {kind}": vespo
+        and args.beta != 0.0
+        and args.use_bias_correction_kl
+        and args.importance_sampling_level == "sequence",
         f"vllm_importance_sampling_correction with {kind}": vespo and corrected,
         "router_aux_loss_coef": bool(args.router_aux_loss_coef),
     }
