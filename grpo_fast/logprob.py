@@ -149,7 +149,7 @@ class _LinearLogProb(torch.autograd.Function):
         upstream = _select((dlogp, dlse, dentropy), ctx.mask, stats[0])
         if u is not None and dentropy is None and dlse is None:
             dlogp = upstream[0][:, None]
-            dhidden = torch.where(dlogp == 0, torch.zeros_like(u), u * dlogp)
+            dhidden = (u * dlogp).masked_fill_(dlogp == 0, 0.0)
             return (dhidden.to(tensors[0].dtype), *(None,) * 7)
         with no_autocast(tensors[0].device):
             grads = head_gradients(_head(tensors, ctx.options), ids, stats, upstream, ctx.needs)

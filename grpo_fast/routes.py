@@ -211,7 +211,8 @@ def frozen_head(
     stats, (u, *_) = in_pass(head, batch, needs, one, main_grad)
     terms = evaluate(batch, stats)
     dlogp = terms.dlogp[:, None]
-    u = torch.where(dlogp == 0, torch.zeros_like(u), u.mul_(dlogp))
+    # selected, not only multiplied: u may hold a NaN where nothing counts
+    u.mul_(dlogp).masked_fill_(dlogp == 0, 0.0)
     return terms, [u, *NONE[1:]]
 
 
