@@ -14,6 +14,7 @@ from torch import Tensor
 from .backend import Backend
 from .gathering import Source, gathered, is_dtensor, is_zero3
 from .inputs import FLOATS, fail
+from .torch_backend import token_terms, without_gradient
 
 
 @dataclass(frozen=True)
@@ -117,55 +118,21 @@ def _policy(rows: Backend) -> Callable:
         terms: Tensor,
         out: Tensor | None,
         *,
-        token_loss: Callable,
-        objective: Callable,
-        kl: Callable,
-        kl_gradient: Callable,
-        through_ratio: bool,
-        weight_kl: bool,
-        parameters: tuple[float, float, float, float],
-        beta: float,
-        entropy_coef: float = 0.0,
-        old_logp: Tensor | None = None,
-        ref_logp: Tensor | None = None,
-        rollout_logp: Tensor | None = None,
-        rollout_weight: Callable | None = None,
-        rollout_bounds: tuple[float, float] = (0.0, float("inf")),
-        rollout_mask: bool = False,
-        **transform,
+        active: Tensor | None = None,
+        inv_temperature: float | Tensor = 1.0,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        **objective: object,
     ) -> None:
+        transform = {"inv_temperature": inv_temperature, "scale": scale, "softcap": softcap}
         stats = torch.empty(4, ids.numel(), dtype=terms.dtype, device=terms.device)
-        rows.logprob_fwd(logits, ids, stats, **transform)
-        logp, entropy = stats[:2]
-        old = logp if old_logp is None else old_logp
-        if rollout_logp is not None:
-            factor = rollout_weight(old - rollout_logp, *rollout_bounds, rollout_mask)
-            advantages = advantages * factor
-        loss, by_logp, by_ratio, ratio, kl_value = token_loss(
-            logp,
-            # on-policy: 0 for every finite logp, NaN where logp is NaN
-            logp - old,
-            logp if ref_logp is None else ref_logp,
-            advantages,
-            *parameters,
-            beta,
-            objective,
-            kl,
-            kl_gradient,
-            through_ratio,
-            weight_kl,
-            ref_logp is not None,
-        )
-        dlogp, dentropy = (by_logp + by_ratio) * weights, None
-        wanted = dlogp != 0
-        if entropy_coef != 0.0:
-            loss = loss - entropy_coef * entropy
-            dentropy = -entropy_coef * weights
-            wanted |= dentropy != 0
-        terms.copy_(torch.stack((loss * weights, logp, entropy, ratio, kl_value, dlogp)))
+        rows.logprob_fwd(logits, ids, stats, active=active, **transform)
+        found, dentropy = token_terms(*stats[:2], advantages, weights, **objective)
+        terms.copy_(found)
         if out is not None:
-            options = {**transform, "active": wanted, "dentropy": dentropy}
-            rows.logprob_bwd(logits, ids, stats, dlogp, out, **options)
+            dlogp = found[5]
+            options = {"active": ~without_gradient(dlogp, dentropy), "dentropy": dentropy}
+            rows.logprob_bwd(logits, ids, stats, dlogp, out, **options, **transform)
 
     return policy
 

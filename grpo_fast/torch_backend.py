@@ -181,13 +181,11 @@ def logprob_bwd(
         _store_gradient(out_block, index, z, p, ids[rows][index], stat, *upstream, chain)
 
 
-def policy(
-    logits: Tensor,
-    ids: Tensor,
+def token_terms(
+    logp: Tensor,
+    entropy: Tensor,
     advantages: Tensor,
     weights: Tensor,
-    terms: Tensor,
-    out: Tensor | None,
     *,
     token_loss: Callable,
     objective: Callable,
@@ -204,14 +202,65 @@ def policy(
     rollout_weight: Callable | None = None,
     rollout_bounds: tuple[float, float] = (0.0, float("inf")),
     rollout_mask: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Terms (6, n) of tokens whose log-probs and entropies (n,) are known, and d loss / d entropy;
+    what `kernels/policy.py` does between its two reads of a row."""
+    assert rollout_logp is None or rollout_weight is not None
+    old = logp if old_logp is None else old_logp
+    if rollout_logp is not None:
+        factor = rollout_weight(old - rollout_logp, *rollout_bounds, rollout_mask)
+        advantages = advantages * factor
+    loss, by_logp, by_ratio, ratio, kl_value = token_loss(
+        logp,
+        # on-policy: 0 for every finite logp, NaN where logp is NaN
+        logp - old,
+        logp if ref_logp is None else ref_logp,
+        advantages,
+        *parameters,
+        beta,
+        objective,
+        kl,
+        kl_gradient,
+        through_ratio,
+        weight_kl,
+        ref_logp is not None,
+    )
+    dlogp, dentropy = (by_logp + by_ratio) * weights, None
+    if entropy_coef != 0.0:
+        loss = loss - entropy_coef * entropy
+        dentropy = -entropy_coef * weights
+    return torch.stack((loss * weights, logp, entropy, ratio, kl_value, dlogp)), dentropy
+
+
+def without_gradient(dlogp: Tensor, dentropy: Tensor | None) -> Tensor:
+    """Rows whose derivatives are exactly 0."""
+    return dlogp == 0.0 if dentropy is None else (dlogp == 0.0) & (dentropy == 0.0)
+
+
+def policy(
+    logits: Tensor,
+    ids: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    terms: Tensor,
+    out: Tensor | None,
+    *,
+    entropy_coef: float = 0.0,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
     active: Tensor | None = None,
     inv_temperature: float | Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
+    **objective: object,
 ) -> None:
-    """Fill terms (6, N) and, unless out is None, out (B, T, V); see `kernels/policy.py`."""
-    assert rollout_logp is None or rollout_weight is not None
+    """Fill terms (6, N) and, unless out is None, out (B, T, V); see `kernels/policy.py`.
+
+    objective: the other arguments of `token_terms`.
+    """
     keep = out is not None and (softcap is not None or entropy_coef != 0.0)
+    given = {"old_logp": old_logp, "ref_logp": ref_logp, "rollout_logp": rollout_logp}
     outs = _row_blocks(logits if out is None else out)
     for (rows, block), (_, out_block) in zip(_row_blocks(logits), outs, strict=True):
         index = slice(None) if active is None else active[rows].nonzero()[:, 0]
@@ -226,39 +275,19 @@ def policy(
         if target.numel() == 0:
             continue
         stats, p, z = _row_stats(x, target, keep=keep)
-        logp, entropy = stats[:2]
-        # on-policy log-ratios are 0 for every finite logp, NaN where logp is NaN
-        old = logp if old_logp is None else old_logp[rows][index]
-        ref = logp if ref_logp is None else ref_logp[rows][index]
-        weight, advantage = weights[rows][index], advantages[rows][index]
-        if rollout_logp is not None:
-            gap = old - rollout_logp[rows][index]
-            advantage = advantage * rollout_weight(gap, *rollout_bounds, rollout_mask)
-        loss, by_logp, by_ratio, ratio, kl_value = token_loss(
-            logp,
-            logp - old,
-            ref,
-            advantage,
-            *parameters,
-            beta,
-            objective,
-            kl,
-            kl_gradient,
-            through_ratio,
-            weight_kl,
-            ref_logp is not None,
+        mine = {name: None if v is None else v[rows][index] for name, v in given.items()}
+        row_terms, dentropy = token_terms(
+            *stats[:2],
+            advantages[rows][index],
+            weights[rows][index],
+            entropy_coef=entropy_coef,
+            **mine,
+            **objective,
         )
-        dlogp = (by_logp + by_ratio) * weight
-        dentropy = None
-        idle = dlogp == 0.0
-        if entropy_coef != 0.0:
-            loss = loss - entropy_coef * entropy
-            dentropy = -entropy_coef * weight
-            idle &= dentropy == 0.0
-        row_terms = torch.stack((loss * weight, logp, entropy, ratio, kl_value, dlogp))
         terms[:, rows][:, index] = row_terms
         if out is not None:
+            dlogp = row_terms[5]
             _store_gradient(out_block, index, z, p, target, stats, dlogp, None, dentropy, chain)
             # NaN in a row that has no gradient stays out of it
-            dead = idle.nonzero()[:, 0]
+            dead = without_gradient(dlogp, dentropy).nonzero()[:, 0]
             out_block[dead if active is None else index[dead]] = 0.0
