@@ -45,7 +45,7 @@ OBJECTIVES: dict[str, Objective] = {
     "clip": Objective(True, ("ratio_low", "ratio_high", "ratio_cap")),
     "surrogate": Objective(True, ()),
     "sapo": Objective(True, ("sapo_temperature_pos", "sapo_temperature_neg")),
-    "cispo": Objective(False, ("ratio_low", "ratio_high")),
+    "cispo": Objective(False, ("cispo_ratio_min", "upper_epsilon")),
     "reinforce": Objective(False, ()),
     "vespo": Objective(
         False, ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
@@ -138,6 +138,7 @@ _NUMBERS = (
     ("rollout_ratio_min", False, True),
     ("rollout_ratio_max", True, True),
     ("off_policy_mask_threshold", False, True),
+    ("cispo_ratio_min", False, False),
     ("sapo_temperature_pos", True, False),
     ("sapo_temperature_neg", True, False),
     ("vespo_k_pos", False, False),
@@ -154,7 +155,7 @@ class LossConfig:
     With the ratio r at its level (token: exp(logp - old_logp)), advantages A, and token weights w:
 
         token_loss = -min(min(r, delta) A, clamp(r, 1 - epsilon, 1 + epsilon_high) A)
-        token_loss = -stop_gradient(min(r, epsilon_high)) A logp              # cispo
+        token_loss = -stop_gradient(clamp(r, cispo_ratio_min, epsilon_high)) A logp    # cispo
         token_loss = ...                                  # the others: see `objectives.py`
         A = A * c * keep          # rollout correction, off-policy mask, top-entropy set; see below
         loss = sum(w * (token_loss + beta [r] kl(logp, ref_logp) - entropy_coef * entropy))
@@ -208,6 +209,8 @@ class LossConfig:
     off_policy_mask_threshold: float | None = None
     """Nats: a sequence of A < 0 whose mean log p(rollout, else old) / p is above it keeps no
     objective (DeepSeek-V3.2, 2025)."""
+    cispo_ratio_min: float = 0.0
+    """cispo's lower bound of the ratio, as epsilon_high is the upper one. 0: none."""
     sapo_temperature_pos: float = 1.0
     """sapo's tau where A > 0."""
     sapo_temperature_neg: float = 1.05
@@ -243,6 +246,11 @@ class LossConfig:
         if low is not None and high is not None and low > high:
             raise ValueError(
                 f"rollout_ratio_min must be at most rollout_ratio_max = {high:g}, got {low:g}."
+            )
+        if self.loss_type == "cispo" and self.cispo_ratio_min > self.upper_epsilon:
+            raise ValueError(
+                f"cispo_ratio_min must be at most epsilon_high = {self.upper_epsilon:g}, got "
+                f"{self.cispo_ratio_min:g}."
             )
         self._check_delta()
         self._check_owned()
@@ -293,7 +301,7 @@ class LossConfig:
         for f in fields(self):
             owner = f.name.split("_")[0]
             value = getattr(self, f.name)
-            if owner in ("sapo", "vespo") and f.name not in mine and value != f.default:
+            if owner in ("cispo", "sapo", "vespo") and f.name not in mine and value != f.default:
                 raise ValueError(
                     f"{f.name}: only {owner} has it, {self.loss_type} expects {f.default}, "
                     f"got {value!r}."
@@ -345,7 +353,7 @@ class LossConfig:
         """Lowest and highest ratio that still carries a gradient in the direction it pushes."""
         objective = self.preset.objective
         if objective == "cispo":
-            return 0.0, self.upper_epsilon
+            return self.cispo_ratio_min, self.upper_epsilon
         if objective == "clip":
             return 1.0 - self.epsilon, 1.0 + self.upper_epsilon
         if self.level == "sequence_clipped":

@@ -66,9 +66,9 @@ def sapo(ratio, logp, advantage, tau_pos, tau_neg, _a, _b):
     return -4.0 / tau * gate * advantage, -4.0 * gate * (1.0 - gate) * ratio * advantage
 
 
-def cispo(ratio, logp, advantage, _a, high, _b, _c):
-    """-stop_gradient(min(r, high)) A logp, and its d/dlogp. Source: MiniMax-M1 (2025)."""
-    slope = -m.where(ratio > high, high, ratio) * advantage
+def cispo(ratio, logp, advantage, low, high, _b, _c):
+    """-stop_gradient(clamp(r, low, high)) A logp, and its d/dlogp. Source: MiniMax-M1 (2025)."""
+    slope = -bounded(ratio, low, high) * advantage
     return slope * logp, slope
 
 

@@ -150,7 +150,7 @@ def _objective(config, logp, old, advantages, mask, rollout_logp) -> tuple[Tenso
     if objective == "reinforce":
         factor = torch.ones_like(fixed)
     elif objective == "cispo":
-        factor = fixed.clamp(max=high)
+        factor = fixed.clamp(config.cispo_ratio_min, high)
     else:
         factor = fixed.clamp(max=config.ratio_cap) * _within(config, logp.detach(), old, advantages)
     return -factor * advantages * logp, ratio

@@ -135,6 +135,7 @@ class GRPOConfig(TrainingArguments):
         LossConfig.off_policy_mask_threshold,
         "Nats from the old policy beyond which a completion of negative advantage is left out.",
     )
+    cispo_ratio_min: float = _option(LossConfig.cispo_ratio_min, "cispo: lower bound of the ratio.")
     sapo_temperature_pos: float = _option(
         LossConfig.sapo_temperature_pos, "sapo: temperature of the gate, advantage > 0."
     )

@@ -67,6 +67,8 @@ def configs(draw, beta: bool) -> dict[str, Any]:
     }
     if "ratio_cap" in OBJECTIVES[preset.objective].parameters:
         config["delta"] = rarely(draw, st.sampled_from((1.7, 4.0)), 2)
+    if loss_type == "cispo":
+        config["cispo_ratio_min"] = rarely(draw, st.sampled_from((0.7, 0.95)), 2, 0.0)
     if beta:
         config |= {
             "beta": draw(st.sampled_from((0.04, 1.0))),

@@ -101,7 +101,7 @@ def preset_config(loss_type: str, **more) -> LossConfig:
         # the ratio of nine tokens is seldom near 1
         options["epsilon"] = 0.3
     if objective == "cispo":
-        options["epsilon_high"] = 1.2
+        options |= {"epsilon_high": 1.2, "cispo_ratio_min": 0.9}
     if objective == "dppo_tv":
         options |= {"epsilon": 0.05, "epsilon_high": 0.07, "delta": 1.5}
     if objective == "dppo_kl":

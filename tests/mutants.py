@@ -39,9 +39,9 @@ MUTANTS = [
             "loss",
         ),
         (
-            "slope = -m.where(ratio > high, high, ratio) * advantage",
+            "slope = -bounded(ratio, low, high) * advantage",
             "slope = -ratio * advantage",
-            "cispo without its bound",
+            "cispo without its bounds",
             "loss",
         ),
         (
@@ -321,8 +321,8 @@ MUTANTS = [
             "rows",
         ),
         (
-            "dlogp = (by_logp + by_ratio) * weight",
-            "dlogp = (by_logp + by_ratio) * weight * 0.6",
+            "(by_logp + by_ratio) * weights, None",
+            "(by_logp + by_ratio) * weights * 0.6, None",
             "every gradient of the one-pass loss times 0.6",
             "loss",
         ),

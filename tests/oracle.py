@@ -97,7 +97,7 @@ def objective(
         tau = config.sapo_temperature_pos if a > 0 else config.sapo_temperature_neg
         return -a * 4 / tau / (1 + math.exp(-tau * (r - 1)))
     if kind == "cispo":
-        return -a * min(fixed, config.upper_epsilon) * logp
+        return -a * min(max(fixed, config.cispo_ratio_min), config.upper_epsilon) * logp
     if kind == "reinforce":
         return -a * logp
     if kind == "vespo":

@@ -213,6 +213,8 @@ OPTIONS = [
     ("sapo_temperature_neg", {"loss_type": "sapo", "sapo_temperature_neg": "1"}, "'1'"),
     ("sapo_temperature_pos", {"sapo_temperature_pos": 2.0}, "2.0"),
     ("vespo_k_neg", {"loss_type": "sapo", "vespo_k_neg": 1.0}, "1.0"),
+    ("cispo_ratio_min", {"cispo_ratio_min": 0.5}, "0.5"),
+    ("cispo_ratio_min", {"loss_type": "cispo", "epsilon_high": 1.2, "cispo_ratio_min": 1.3}, "1.3"),
     ("delta", {"loss_type": "sapo", "delta": 2.0}, "a number"),
     ("delta", {"delta": True}, "True"),
     ("max_completion_length", {"aggregation": "constant_length"}, "None"),

@@ -32,6 +32,7 @@ OTHER = {
     "entropy_coef": ("grpo", 0.01),
     "top_entropy_quantile": ("grpo", 0.2),
     "off_policy_mask_threshold": ("grpo", 0.5),
+    "cispo_ratio_min": ("cispo", 0.1),
     "sapo_temperature_pos": ("sapo", 2.0),
     "sapo_temperature_neg": ("sapo", 3.0),
     "vespo_k_pos": ("vespo", 1.0),
