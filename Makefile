@@ -34,7 +34,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-deepspeed test-trl test-trl-full test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-trl test-trl-full test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -65,6 +65,11 @@ PYTEST := $(RUN) -m pytest -q --durations=8
 .liger/.installed: requirements/liger.txt $(ENVIRONMENT)
 	rm -rf .liger
 	$(RUN) -m pip install --quiet --no-deps --target .liger -r requirements/liger.txt
+	touch $@
+
+.verl/.installed: requirements/verl.txt $(ENVIRONMENT)
+	rm -rf .verl
+	$(RUN) -m pip install --quiet --no-deps --target .verl -r requirements/verl.txt
 	touch $@
 
 # Its setup.py imports torch, hence no build isolation; nothing is compiled.
@@ -124,6 +129,11 @@ test-liger: .liger/.installed
 	PYTHONPATH=.liger $(PYTEST) tests/test_liger*.py tests/test_token_losses.py
 	PYTHONPATH=.liger TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_liger.py
 
+# Where verl cannot be imported every test is skipped, which pytest counts as a failure (5).
+test-verl: .verl/.installed
+	@echo "== the adapter for verl against verl's own losses, forwards and engine"
+	PYTHONPATH=.verl $(PYTEST) tests/test_verl*.py
+
 test-gpu: $(ENVIRONMENT)
 	$(PYTEST) tests -m gpu --ignore-glob='*/test_triton_*.py' --ignore=tests/test_aot.py
 
@@ -146,6 +156,6 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers .liger .deepspeed .trl build dist *.egg-info
+	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
