@@ -77,7 +77,8 @@ def token_losses(
     """objective(logp) + beta [ratio] kl(logp, ref_logp) of every token, without a weight.
 
     `linear_policy_loss` is the sum of these times `weights.token_weights`, and cheaper: here
-    backward has to go through the log-probs once more. Differentiable in logp, once.
+    backward has to go through the log-probs once more. Differentiable in logp, once. Nothing waits
+    for the device.
 
     Args:
         logp: (B, T) log-probs of the policy (nats), e.g. of `linear_logprob`.
@@ -111,7 +112,8 @@ def token_losses(
         entropy_threshold=None,
         denominator=None,
         skip_inactive_forward=False,
-        max_rows=None,
+        # room for all, so that nobody waits for their number
+        max_rows=max(logp.numel(), 1),
         has_ref=False,
     )
     batch = replace(batch, weights=batch.rows.mask.to(batch.weights.dtype))

@@ -11,6 +11,7 @@ from loss_cases import make_case, preset_config, relative
 from grpo_fast import PRESETS, LossConfig, linear_logprob, linear_policy_loss, logprob, policy_loss
 from grpo_fast.chunks import COLUMNS_FIRST, FIXED_BYTES
 from grpo_fast.reference import head_logits
+from grpo_fast.token_losses import token_losses
 
 GIVEN = ("", "old", "old ref", "rollout", "old rollout ref")
 CAPACITY = 20
@@ -233,3 +234,18 @@ def test_the_count_counts():
         torch.repeat_interleave(value, value.long(), output_size=6)
         bool((value == 1).any())
     assert len(device.waits) == 8
+
+
+@pytest.mark.parametrize("given", ["", "old", "old ref", "rollout"])
+@pytest.mark.parametrize("loss_type", PRESETS)
+def test_token_losses_wait_for_nobody(loss_type, given):
+    """Trainers call them for each sample."""
+    case = make_case()
+    config = preset_config(loss_type, beta=0.1 if "ref" in given else 0.0)
+    leaf = (case.old_logp + 0.05).nan_to_num(-1.0)
+
+    def losses(logp, advantages, **options):
+        out = token_losses(logp, advantages, config=config, **options)
+        return out.loss.sum(), {"kl": out.kl, "ratio": out.ratio}
+
+    both(losses, [leaf], [True], (case.advantages,), options_of(case, given), 0)
