@@ -1,0 +1,149 @@
+"""prime-rl: a custom loss, and the head behind its chunked lm_head.
+
+    [trainer.loss]
+    type = "custom"
+    import_path = "grpo_fast.integrations.prime_rl.policy_loss"
+    kwargs = { loss_type = "cispo", epsilon_high = 5.0 }
+
+prime-rl imports the module where it builds the loss, and importing it is `patch_prime_rl()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import LossConfig, nearest
+from grpo_fast.integrations.names import renamed
+from grpo_fast.logprob import linear_logprob
+from grpo_fast.token_losses import token_losses
+
+__all__ = ["patch_prime_rl", "policy_loss", "unpatch_prime_rl"]
+
+_WORKS = "grpo_fast.integrations.prime_rl works with prime-rl 0.8"
+try:
+    from prime_rl.trainer.models.layers import lm_head as _lm_head
+    from prime_rl.trainer.rl.loss import LossInputs, LossOutputs
+
+    _Theirs = _lm_head._SequenceChunkedLogProbEntropyFn
+except (ImportError, AttributeError, RuntimeError) as error:
+    raise ImportError(f"{_WORKS}, which is installed from its repository: {error}") from error
+
+_NAMES = {"logp": "trainer_logprobs", "old_logp": "inference_logprobs", "mask": "loss_mask"}
+_NAMES |= {"ids": "labels"}
+# the rest of LossConfig is prime-rl's own business
+_OPTIONS = ("importance_sampling_level", "epsilon", "epsilon_high", "delta", "cispo_ratio_min")
+_OPTIONS += ("beta", "kl_estimator", "kl_gradient", "use_bias_correction_kl")
+_OPTIONS += ("off_policy_mask_threshold", "sapo_temperature_pos", "sapo_temperature_neg")
+_OPTIONS += ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+
+
+@functools.cache
+def _config(loss_type: str, options: tuple[tuple[str, Any], ...]) -> LossConfig:
+    # once for all samples; prime-rl divides the sum over tokens by their number
+    for name, _ in options:
+        if name not in _OPTIONS:
+            raise ValueError(f"{name}: not an option of a custom loss; {nearest(name, _OPTIONS)}")
+    return LossConfig(loss_type, aggregation="token_mean", **dict(options))
+
+
+def policy_loss(
+    inputs: LossInputs, loss_type: str = "dapo", kl_against: str = "reference", **options: Any
+) -> LossOutputs:
+    """Sum of the token losses of one sample, for prime-rl to divide by its `loss_scale`.
+
+    The ratio is that of the trainer to the sampler, exp(trainer_logprobs - inference_logprobs).
+
+    Args:
+        inputs: log-probs (T,) of one sample, nats, with its advantages (T,), loss_mask (T,) and
+            loss_weights (T,) or None.
+        loss_type: row of `PRESETS`.
+        kl_against: with beta, "reference" (ref_logprobs, or teacher_logprobs in older versions) or
+            "inference": the log-probs of the sampler.
+        options: fields of `LossConfig`, e.g. epsilon_high. dppo_tv with epsilon 0.2, beta 0.002,
+            kl_estimator k2, use_bias_correction_kl false and kl_against inference has the gradient
+            of prime-rl's default loss (whose kl_tau is beta / 2).
+
+    Raises:
+        ValueError: an unknown loss type or option, a value out of range, or a beta without the
+            log-probs that it needs.
+    """
+    config = _config(loss_type, tuple(sorted(options.items())))
+    mask = inputs.loss_mask
+    ref = _reference(inputs, kl_against) if config.beta > 0 else None
+    given = {"mask": mask, "old_logp": inputs.inference_logprobs, "ref_logp": ref}
+    rows = {name: None if t is None else t.detach()[None] for name, t in given.items()}
+    with renamed(_NAMES):
+        logp, advantages = inputs.trainer_logprobs[None], inputs.advantages[None]
+        out = token_losses(logp, advantages, config=config, **rows)
+    tokens = out.loss[0]
+    if inputs.loss_weights is not None:
+        tokens = tokens * torch.where(mask, inputs.loss_weights, 0.0)
+    count = mask.sum().clamp(min=1)
+    values = {"importance_ratio": out.ratio, "is_clipped": out.clipped}
+    if config.beta > 0:
+        values["kl"] = out.kl
+    means = {name: (x.sum() / count).detach() for name, x in values.items()}
+    return LossOutputs(loss=tokens.sum(), metrics=means)
+
+
+def _reference(inputs: LossInputs, against: str) -> Tensor:
+    if against == "inference":
+        return inputs.inference_logprobs
+    if against != "reference":
+        raise ValueError(f"kl_against: expected 'reference' or 'inference', got {against!r}.")
+    # its name before 0.8
+    found = inputs.ref_logprobs if hasattr(inputs, "ref_logprobs") else inputs.teacher_logprobs
+    if found is None:
+        raise ValueError("ref_logprobs: beta > 0 needs them, got None; or set kl_against.")
+    return found
+
+
+class _FastLogProb:
+    """In the place of prime-rl's function behind `FusedOutputLinear`."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        inv_temperature: Tensor,
+        chunk_size: int,
+        *more: Any,
+    ) -> tuple[Tensor, ...]:
+        if any(x is not None for x in more):
+            # a mask of what could be sampled: the softmax is over a part of the vocabulary
+            return _Theirs.apply(hidden, weight, labels, inv_temperature, chunk_size, *more)
+        with renamed(_NAMES):
+            temperature = inv_temperature.detach().reciprocal()
+            out = linear_logprob(hidden, weight, labels, temperature=temperature, entropy=True)
+        return out.logp, out.entropy
+
+
+def patch_prime_rl() -> contextlib.ExitStack:
+    """Let `FusedOutputLinear` compute its log-probs and entropies with `linear_logprob`.
+
+    prime-rl reads the function anew in each forward, so it holds for models that exist already. A
+    second call changes nothing.
+
+    Returns:
+        A context manager whose end is `unpatch_prime_rl`.
+    """
+    _lm_head._SequenceChunkedLogProbEntropyFn = _FastLogProb
+    stack = contextlib.ExitStack()
+    stack.callback(unpatch_prime_rl)
+    return stack
+
+
+def unpatch_prime_rl() -> None:
+    """Give prime-rl its own function back; a ValueError where a third one is in its place."""
+    if _lm_head._SequenceChunkedLogProbEntropyFn not in (_FastLogProb, _Theirs):
+        raise ValueError("prime-rl's head has been replaced since patch_prime_rl; undo that.")
+    _lm_head._SequenceChunkedLogProbEntropyFn = _Theirs
+
+
+patch_prime_rl()
