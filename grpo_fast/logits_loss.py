@@ -13,7 +13,8 @@ from .config import LossConfig
 from .gradients import fp16_scale
 from .handover import apply, compilable, wanted
 from .metrics import summarize
-from .terms import evaluate, named_terms
+from .terms import TokenTerms, evaluate, named_terms
+from .terms import per_token as terms_of_tokens
 
 
 def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, options):
@@ -94,7 +95,8 @@ def policy_loss(
     skip_inactive_forward: bool = False,
     max_rows: int | None = None,
     inplace: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    per_token: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor], TokenTerms]:
     """GRPO-family loss from given logits, with logp = log_softmax(logits / temperature)[ids].
 
     Where a token's derivative needs its own log-prob alone, one launch reads each row, evaluates
@@ -110,7 +112,8 @@ def policy_loss(
         Others: as in `linear_policy_loss`.
 
     Returns:
-        loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.
+        loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`;
+        with per_token `terms.TokenTerms` too.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
@@ -158,6 +161,7 @@ def policy_loss(
         if needed and inplace:
             torch.autograd.graph.increment_version(logits)
         loss, metrics = summarize(terms, batch)
-    if not needed:
-        return loss, metrics
-    return apply(Attach, loss, (out.view(logits.shape),), scale, None, logits), metrics
+        extra = (terms_of_tokens(terms, batch, shape),) if per_token else ()
+    if needed:
+        loss = apply(Attach, loss, (out.view(logits.shape),), scale, None, logits)
+    return loss, metrics, *extra

@@ -19,6 +19,8 @@ from .logprob import head_stats
 from .metrics import summarize
 from .parallel import Placement, place
 from .plan import Facts, Plan, choose
+from .terms import TokenTerms
+from .terms import per_token as terms_of_tokens
 
 
 def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
@@ -77,8 +79,9 @@ def linear_policy_loss(
     grad_scale: float = 1.0,
     workspace_bytes: int | None = None,
     tp_group: dist.ProcessGroup | None = None,
+    per_token: bool = False,
     explain: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]] | Plan:
+) -> tuple[Tensor, dict[str, Tensor]] | tuple[Tensor, dict[str, Tensor], TokenTerms] | Plan:
     """GRPO-family loss from hidden states and the lm_head, without ever holding the (N, V) logits.
 
     The loss of `LossConfig`, with z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) /
@@ -87,7 +90,7 @@ def linear_policy_loss(
     backward. fp32 logits, statistics and accumulators; each gradient is downcast once. Masked rows
     enter no product; rows that cannot have a gradient (advantage 0 without a KL or an entropy
     bonus) enter only the forward one. `plan.py` lists the routes and what they cost. torch.compile
-    sees one op, without main_grad, tp_group and explain.
+    sees one op, without main_grad, tp_group, per_token and explain.
 
     Args:
         hidden: (B, T, H) or packed (N, H); hidden[..., t, :] predicts ids[..., t].
@@ -135,10 +138,12 @@ def linear_policy_loss(
             weight or bias that is a DTensor (FSDP2) or partitioned by DeepSpeed (ZeRO-3) is
             gathered in forward. Their gradients are averaged in backward: over the mesh, and by
             the hook of the engine that trains the parameter. Every rank has to make the call.
+        per_token: also return the log-prob, entropy, ratio and KL of every token.
         explain: compute nothing and return the `Plan`: the route, its FLOPs and its bytes.
 
     Returns:
-        loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`.
+        loss (0-d fp32) and a dict of detached 0-d tensors on the device, see `metrics.summarize`;
+        with per_token `terms.TokenTerms` too.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
@@ -191,9 +196,7 @@ def linear_policy_loss(
         head = LinearHead(*tensors[:3], **options)
         if ref_hidden is not None:
             ref = (ref_hidden, weight if ref_weight is None else ref_weight, bias)
-            # a stand-in where only the plan is wanted
-            logp = batch.weights if explain else _reference(*ref, batch, {**options, "lora": None})
-            batch = replace(batch, ref_logp=logp)
+            batch = _with_reference(batch, *ref, {**options, "lora": None}, explain)
         plan = choose(facts_of(head, batch, needs))
         if explain:
             return plan
@@ -201,8 +204,10 @@ def linear_policy_loss(
             batch = replace(batch, weights=batch.weights * grad_scale)
         terms, gradients = routes.run(plan.route, head, batch, needs, main_grad)
         loss, metrics = summarize(terms, batch)
+        extra = (terms_of_tokens(terms, batch, tuple(hidden.shape[:-1])),) if per_token else ()
     done = _unscaled(loss, metrics, gradients, None if main_grad is None else grad_scale)
-    return (apply(Attach, *done, *tensors) if any(needs) else done[0]), metrics
+    loss = apply(Attach, *done, *tensors) if any(needs) else done[0]
+    return loss, metrics, *extra
 
 
 def _options_of(batch: Batch) -> dict[str, object]:
@@ -246,12 +251,20 @@ def _check_main_grad(
         inputs.fail("main_grad", expected, inputs.describe(main_grad))
 
 
-def _reference(
-    ref_hidden: Tensor, ref_weight: Tensor, bias: Tensor | None, batch: Batch, options: dict
-) -> Tensor:
-    """Log-probs (N,) of the reference, by the same operations as those of the policy: with equal
-    weights the KL is exactly 0."""
-    flat = ref_hidden.reshape(-1, ref_hidden.shape[-1])
-    head = LinearHead(flat, ref_weight, bias, **options)
+def _with_reference(
+    batch: Batch,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: dict,
+    explain: bool,
+) -> Batch:
+    """The batch with log-probs of the reference, by the same operations as those of the policy:
+    with equal weights the KL is exactly 0."""
+    if explain:
+        # a stand-in where only the plan is wanted
+        return replace(batch, ref_logp=batch.weights)
+    head = LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, **options)
     rows = batch.rows
-    return head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)[0]
+    logp = head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)[0]
+    return replace(batch, ref_logp=logp)

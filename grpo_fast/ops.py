@@ -207,9 +207,12 @@ def linear_policy_loss(
     grad_scale=1.0,
     workspace_bytes=None,
     tp_group=None,
+    per_token=False,
     explain=False,
 ):
     """`loss.linear_policy_loss` as torch.compile traces it."""
+    if per_token:
+        refuse("per_token", "False", per_token)
     if explain:
         refuse("explain", "False", explain)
     if main_grad is not None:
@@ -324,8 +327,11 @@ def policy_loss(
     skip_inactive_forward=False,
     max_rows=None,
     inplace=False,
+    per_token=False,
 ):
     """`logits_loss.policy_loss` as torch.compile traces it."""
+    if per_token:
+        refuse("per_token", "False", per_token)
     if inplace:
         refuse("inplace", "False", inplace)
     loss_, numbers, counts, *_ = torch.ops.grpo_fast.policy_loss(

@@ -33,6 +33,22 @@ class Terms(NamedTuple):
     """d loss / d entropy; None without a bonus."""
     rollout_gap: Tensor | None = None
     """log p(old) / p(rollout), NaN where the rollout has none; None without a rollout."""
+    index: Tensor | None = None
+    """(K,) which tokens the rows are; None for all of them in order."""
+
+
+class TokenTerms(NamedTuple):
+    """What a loss knows of each token, shaped like ids, fp32 and detached; where masked (or left
+    out by skip_inactive_forward) 0, and a ratio of 1."""
+
+    logp: Tensor
+    """Of the policy, nats: the old_logp of another step on the same tokens."""
+    entropy: Tensor
+    """Nats."""
+    ratio: Tensor
+    """At the level of the loss; that of the token in gmpo and vespo."""
+    kl: Tensor
+    """Estimate of the KL, nats, not multiplied by the ratio; 0 without a reference."""
 
 
 def named_terms(terms: Tensor, batch: Batch, index: Tensor | None, mask: Tensor | None) -> Terms:
@@ -47,7 +63,22 @@ def named_terms(terms: Tensor, batch: Batch, index: Tensor | None, mask: Tensor 
         gap = terms[1] - fields["rollout_logp"]
     coef = batch.config.entropy_coef
     dentropy = -coef * fields["weights"] if coef > 0 else None
-    return Terms(*terms, log_ratio, fields["advantages"], mask, dentropy, gap)
+    return Terms(*terms, log_ratio, fields["advantages"], mask, dentropy, gap, index)
+
+
+def per_token(terms: Terms, batch: Batch, shape: tuple[int, ...]) -> TokenTerms:
+    """The terms of all tokens in order, shaped like ids."""
+
+    def spread(values: Tensor, fill: float) -> Tensor:
+        if terms.mask is not None:
+            values = torch.where(terms.mask, values, fill)
+        if terms.index is not None:
+            everything = values.new_full((batch.rows.ids.numel(),), fill)
+            values = everything.index_copy(0, terms.index, values)
+        return values.view(shape)
+
+    fills = {"logp": 0.0, "entropy": 0.0, "ratio": 1.0, "kl": 0.0}
+    return TokenTerms(**{name: spread(getattr(terms, name), fill) for name, fill in fills.items()})
 
 
 def evaluate(batch: Batch, stats: Tensor) -> Terms:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from grpo_fast import linear_policy_loss
 from grpo_fast.integrations import trl_metrics, trl_options
-from grpo_fast.integrations.rows import per_token
 from grpo_fast.integrations.trl_logprob import GRPOTrainer, patch_trl, unpatch_trl
 from grpo_fast.models import attach
+from grpo_fast.terms import TokenTerms
 
 __all__ = ["FastGRPOTrainer", "patch_trl", "unpatch_trl"]
 
@@ -50,18 +50,17 @@ class FastGRPOTrainer(GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
         options = self._loss_options(inputs, mask)
-        rows: dict[str, Tensor] = {}
+        tokens: list[TokenTerms] = []
 
         def head_fn(hidden: Tensor, head: Any) -> Tensor:
             own = contextlib.nullcontext()
             if self.args.cast_lm_head_to_fp32:
                 own = torch.autocast(hidden.device.type, enabled=False)
             hidden = hidden[:, -ids.size(1) - 1 : -1]
-            with own, per_token() as seen:
-                loss, _ = linear_policy_loss(
-                    hidden, head.weight, ids, mask=mask, **options, **head.options
-                )
-            rows.update(seen)
+            given = {"mask": mask, "per_token": True, **options, **head.options}
+            with own:
+                loss, _, found = linear_policy_loss(hidden, head.weight, ids, **given)
+            tokens.append(found)
             return loss
 
         with self.accelerator.autocast():
@@ -71,7 +70,7 @@ class FastGRPOTrainer(GRPOTrainer):
                 head_fn=head_fn,
             )
         mode = "train" if self.model.training else "eval"
-        measured = trl_metrics.micro_batch(self, rows, inputs, mask, loss.detach())
+        measured = trl_metrics.micro_batch(self, tokens[0], inputs, mask, loss.detach())
         self.measured[mode].append(measured)
         return loss
 

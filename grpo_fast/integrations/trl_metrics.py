@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.integrations.trl_options import WINDOW, accumulation_steps
+from grpo_fast.terms import TokenTerms
 
 # sums of one micro-batch on one rank: tokens and what is averaged over them, then places where a
 # ratio is counted (tokens, or sequences at sequence level) and what is averaged over those
@@ -19,13 +20,12 @@ CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 
 def micro_batch(
     trainer: Any,
-    rows: Mapping[str, Tensor],
+    terms: TokenTerms,
     inputs: Mapping[str, Any],
     mask: Tensor,
     loss: Tensor,
 ) -> dict[str, Tensor]:
-    """`COLUMNS`, of per-token results rows (B T,), TRL's own inputs and the loss."""
-    rows = {name: values.view(mask.shape) for name, values in rows.items()}
+    """`COLUMNS`, of what the loss knows of each token, TRL's own inputs and the loss."""
     kept = mask.bool()
     advantages = inputs["advantages"]
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages
@@ -34,12 +34,13 @@ def micro_batch(
         return torch.where(kept, values, torch.zeros_like(values)).sum()
 
     weighted = trainer.args.use_bias_correction_kl
-    kl = rows["kl"] * rows["ratio"] if weighted else rows["kl"]
-    out = {"tokens": kept.sum(), "entropy": total(rows["entropy"]), "kl": total(kl)}
-    ratio, places = rows["ratio"], kept
+    kl = terms.kl * terms.ratio if weighted else terms.kl
+    out = {"tokens": kept.sum(), "entropy": total(terms.entropy), "kl": total(kl)}
+    ratio, places = terms.ratio, kept
     if trainer.importance_sampling_level == "sequence" and advantages.size(1) == 1:
-        # one value per sequence, and one that is masked whole counts
-        ratio, places = ratio[:, :1], torch.ones_like(kept[:, :1])
+        # one value per sequence, and one that is masked whole counts with a ratio of 1
+        first = kept.int().argmax(1, keepdim=True)
+        ratio, places = ratio.gather(1, first), torch.ones_like(kept[:, :1])
     low = places & (ratio < 1 - trainer.epsilon_low) & (advantages < 0)
     high = places & (ratio > 1 + trainer.epsilon_high) & (advantages > 0)
     # 0 / 0 for a sequence without tokens: it is left out of the extrema
@@ -50,7 +51,7 @@ def micro_batch(
     out["high_max"] = torch.nan_to_num(shares[1], nan=-torch.inf).amax()
     if trainer.loss_type == "vespo":
         old = inputs.get("old_per_token_logps")
-        change = torch.zeros_like(rows["logp"]) if old is None else rows["logp"] - old
+        change = torch.zeros_like(terms.logp) if old is None else terms.logp - old
         names = ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
         numbers = {name: getattr(trainer.args, f"vespo_{name}") for name in names}
         phi = trainer.get_gamma_weights(advantages, change, mask, None, **numbers)
