@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("verl", reason="needs verl, which `make test-verl` lays over the environment")
-from tiny_verl import actor, batch, nested, run
+from tiny_verl import actor, batch, model, nested, run
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.workers.utils.padding import no_padding_2_padding
 
@@ -220,16 +220,22 @@ def test_importing_registers_and_unpatching_takes_back():
     adapter.patch_verl()
 
 
-def test_by_the_configuration_of_a_model():
-    """As a worker does it: verl imports the module that external_lib names."""
-    code = (
-        "from verl.utils.import_utils import import_external_libs as load\n"
-        "from verl.trainer.ppo.core_algos import get_policy_loss_fn\n"
-        "load('grpo_fast.integrations.verl')\n"
-        "print(get_policy_loss_fn('fast_vespo').args)\n"
-    )
+def test_by_the_configuration_of_a_model(tmp_path):
+    """As a worker does it: verl imports what external_lib names when it reads its model's config,
+    before it builds the model."""
+    model("Gemma2").save_pretrained(tmp_path)
+    code = f"""
+from verl.models.transformers import dense_common
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.workers.config import HFModelConfig
+config = HFModelConfig(
+    path={str(tmp_path)!r}, load_tokenizer=False, external_lib="grpo_fast.integrations.verl"
+)
+print(get_policy_loss_fn("fast_vespo").args, dense_common.forward_with_torch_backend.__module__)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "('vespo', {})" in done.stdout, done.stderr
+    wanted = "('vespo', {}) grpo_fast.integrations.verl_head"
+    assert done.stdout.strip().endswith(wanted), done.stderr
 
 
 def test_another_version_warns():
