@@ -1,0 +1,82 @@
+"""The head of a causal language model: checked once, and left to a function for a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from grpo_fast.heads import Head, check_head, find_head, innermost
+from grpo_fast.inputs import fail
+
+__all__ = ["check_engine", "headless"]
+
+_CHECKED = "_grpo_fast_checked"
+
+
+def check_engine(model: nn.Module) -> None:
+    """Check the head of a model at its first call: see `check_head`.
+
+    Raises:
+        ValueError: the head, or what DeepSpeed was told to do with the model, cannot be honoured.
+    """
+    if getattr(model, "autotp_size", int)() > 1:
+        fail("ds.tensor_parallel_size", "1", model.autotp_size())
+    if getattr(model, "is_deepcompile_enabled", bool)():
+        fail("ds.deepcompile", "False: the forward would be compiled with its logits", True)
+    lm = innermost(model)
+    if not lm.__dict__.get(_CHECKED):
+        check_head(lm, find_head(lm))
+        setattr(lm, _CHECKED, True)
+
+
+@contextmanager
+def headless(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iterator[None]:
+    """Inside, `model(...)["logits"]` is `fn(hidden, head)` and no logits are computed.
+
+    All else of the forward stays the model's own, a router loss among it, and the result takes the
+    way of the logits through every wrapper: DeepSpeed scales gradients by hooks on the output.
+
+    Args:
+        model: the model, wrapped or not; one thread at a time.
+        fn: hidden (R, L, H) in the dtype of the head weight -> a tensor (R, L, ...).
+
+    Raises:
+        ValueError: the head is not one `find_head` knows, or the model does not call it once.
+    """
+    lm = innermost(model)
+    module, inner = lm.get_output_embeddings(), lm.forward
+    seen: list[Tensor] = []
+
+    def one_column(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        # what the family does to its logits is done to this, for nothing
+        seen.append(hidden)
+        return hidden[..., :1]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.clear()
+        output = inner(*args, **kwargs)
+        if len(seen) != 1:
+            got = f"{len(seen)} calls of it in the forward of {type(lm).__name__}"
+            raise ValueError(f"model: expected one call of the output embedding, got {got}.")
+        head = find_head(lm)
+        output["logits"] = fn(seen.pop().to(head.weight.dtype), head)
+        return output
+
+    with _instead(module, one_column), _instead(lm, forward):
+        yield
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward` in the place of the module's own; its hooks run as before."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
