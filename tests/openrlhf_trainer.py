@@ -94,8 +94,8 @@ def train(one: Actor, steps: int = 6, **options: Any) -> dict[str, torch.Tensor]
     """Metrics of each step (steps,), and the weights at the end; two steps for each experience."""
     args = arguments(**options)
     args.ds.packing_samples = one.packing_samples
-    optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.5)
-    scheduler = SimpleNamespace(get_last_lr=lambda: [0.5])
+    optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.02)
+    scheduler = SimpleNamespace(get_last_lr=lambda: [0.02])
     trainer = ppo_actor.ActorPPOTrainer(Strategy(args), one, None, optimizer, scheduler)
     reference = cases.actor("Qwen3", packed=one.packing_samples, temperature=one.temperature)
     logged: dict[str, list[float]] = {}
