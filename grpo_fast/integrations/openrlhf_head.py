@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from grpo_fast.gathering import is_zero3
 from grpo_fast.heads import Head, check_head, find_head, innermost
 from grpo_fast.inputs import fail
 
@@ -28,8 +30,23 @@ def check_engine(model: nn.Module) -> None:
         fail("ds.deepcompile", "False: the forward would be compiled with its logits", True)
     lm = innermost(model)
     if not lm.__dict__.get(_CHECKED):
-        check_head(lm, find_head(lm))
+        with _whole(find_head(lm, partitioned=True)) as head:
+            check_head(lm, head)
         setattr(lm, _CHECKED, True)
+
+
+@contextmanager
+def _whole(head: Head) -> Iterator[Head]:
+    """The head without a graph; what ZeRO-3 has partitioned of it is gathered, on all ranks."""
+    found = {"weight": head.weight, "bias": head.bias}
+    if not any(map(is_zero3, found.values())):
+        yield head
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([p for p in found.values() if is_zero3(p)]):
+        # an alias keeps the memory, which the model's own forward takes from the parameter
+        yield replace(head, **{n: None if p is None else p.data for n, p in found.items()})
 
 
 @contextmanager
@@ -48,6 +65,9 @@ def headless(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iterator
     """
     lm = innermost(model)
     module, inner = lm.get_output_embeddings(), lm.forward
+    # here: a weight that is taken from its module in a forward becomes one of the model's own for
+    # ZeRO-3, which then gathers it first and finds another order than it has recorded
+    head = find_head(lm, partitioned=True)
     seen: list[Tensor] = []
 
     def one_column(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -61,7 +81,6 @@ def headless(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iterator
         if len(seen) != 1:
             got = f"{len(seen)} calls of it in the forward of {type(lm).__name__}"
             raise ValueError(f"model: expected one call of the output embedding, got {got}.")
-        head = find_head(lm)
         output["logits"] = fn(seen.pop().to(head.weight.dtype), head)
         return output
 
