@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grpo_fast.gathering import is_zero3
+from grpo_fast.gathering import Source, is_zero3
 from grpo_fast.heads import Head, check_head, find_head, innermost
 from grpo_fast.inputs import fail
 
@@ -30,23 +30,15 @@ def check_engine(model: nn.Module) -> None:
         fail("ds.deepcompile", "False: the forward would be compiled with its logits", True)
     lm = innermost(model)
     if not lm.__dict__.get(_CHECKED):
-        with _whole(find_head(lm, partitioned=True)) as head:
-            check_head(lm, head)
+        check_head(lm, _gathered(find_head(lm, partitioned=True)))
         setattr(lm, _CHECKED, True)
 
 
-@contextmanager
-def _whole(head: Head) -> Iterator[Head]:
-    """The head without a graph; what ZeRO-3 has partitioned of it is gathered, on all ranks."""
-    found = {"weight": head.weight, "bias": head.bias}
-    if not any(map(is_zero3, found.values())):
-        yield head
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([p for p in found.values() if is_zero3(p)]):
-        # an alias keeps the memory, which the model's own forward takes from the parameter
-        yield replace(head, **{n: None if p is None else p.data for n, p in found.items()})
+def _gathered(head: Head) -> Head:
+    """The head with the data of what ZeRO-3 has partitioned of it, which all ranks gather."""
+    parts = {"weight": head.weight, "bias": head.bias}
+    parts = {n: Source(p, p._version).unpack() for n, p in parts.items() if is_zero3(p)}
+    return replace(head, **parts)
 
 
 @contextmanager
