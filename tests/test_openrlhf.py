@@ -123,6 +123,15 @@ def test_without_gradients():
     assert not ours[data["action_mask"] == 0].any()
 
 
+def test_a_mask_of_fractions_is_a_factor():
+    one, data = cases.actor(), cases.batch()
+    data["action_mask"] = data["action_mask"] * 0.5
+    with torch.no_grad():
+        theirs = one(**data)
+        adapter.install()
+        assert cases.distance(one(**data), theirs) <= BOUND
+
+
 def test_logits_come_from_the_stock_forward(asked):
     one, data = cases.actor(temperature=0.5), cases.batch()
     data.pop("action_mask")
