@@ -34,7 +34,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-trl test-trl-full test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -78,6 +78,13 @@ PYTEST := $(RUN) -m pytest -q --durations=8
 	DS_BUILD_OPS=0 $(RUN) -m pip install --quiet --no-deps --no-build-isolation --target .deepspeed -r requirements/deepspeed.txt
 	touch $@
 
+# openrlhf's wheel has a package named tests, which would hide ours.
+.openrlhf/.installed: requirements/openrlhf.txt $(ENVIRONMENT)
+	rm -rf .openrlhf
+	DS_BUILD_OPS=0 $(RUN) -m pip install --quiet --no-deps --no-build-isolation --target .openrlhf -r requirements/openrlhf.txt
+	rm -rf .openrlhf/tests
+	touch $@
+
 demo: $(ENVIRONMENT)
 	$(RUN) -m grpo_fast.cli train
 
@@ -119,6 +126,11 @@ test-aot36: .triton36/.installed
 test-deepspeed: .deepspeed/.installed
 	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/test_zero3.py
 
+test-openrlhf: .openrlhf/.installed
+	@echo "== the adapter for OpenRLHF against OpenRLHF itself"
+	PYTHONPATH=.openrlhf:tests/openrlhf_stubs DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
+		$(PYTEST) tests/test_openrlhf*.py
+
 # Its result is committed. ARGS="--only curves" runs one sweep and keeps what the others found.
 test-full: $(ENVIRONMENT)
 	$(RUN) tests/full.py $(ARGS)
@@ -156,6 +168,6 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl build dist *.egg-info
+	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl .openrlhf build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -123,10 +123,15 @@ def backbone(model: nn.Module) -> nn.Module:
     return body
 
 
-def find_head(model: nn.Module) -> Head:
+def find_head(model: nn.Module, *, partitioned: bool = False) -> Head:
     """Return the head of the model with the transforms of its family.
 
     Cheap: it is read again on every forward, so a resized or reloaded head is never stale.
+
+    Args:
+        model: the model, wrapped or not.
+        partitioned: take a weight that DeepSpeed's ZeRO-3 has partitioned as it is, for
+            `linear_logprob`, which gathers it; refused otherwise.
 
     Raises:
         ValueError: the model has no output embedding; an adapter other than LoRA or a full copy
@@ -143,17 +148,18 @@ def find_head(model: nn.Module) -> Head:
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
         bias = None if bias is None else bias.full_tensor()
-    if hasattr(weight, "ds_id"):
+    if hasattr(weight, "ds_id") and not partitioned:
         raise ValueError("model: DeepSpeed ZeRO-3 partitions lm_head; use FSDP or ZeRO-2")
-    if weight.ndim != 2 or weight.element_size() < 2 or not weight.is_floating_point():
+    shape = getattr(weight, "ds_shape", weight.shape)
+    if len(shape) != 2 or weight.element_size() < 2 or not weight.is_floating_point():
         raise ValueError(
             f"model: expected an unquantized (V, H) lm_head weight, got {weight.dtype} of shape "
-            f"{tuple(weight.shape)}"
+            f"{tuple(shape)}"
         )
     text = lm.config.get_text_config(decoder=True)
     # Inkling pads the vocabulary of its weight and drops the padding from its logits.
-    vocab = getattr(text, "unpadded_vocab_size", None) or weight.shape[0]
-    if vocab < weight.shape[0]:
+    vocab = getattr(text, "unpadded_vocab_size", None) or shape[0]
+    if vocab < shape[0]:
         weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
         lora = None if lora is None else (lora[0], lora[1][:vocab], lora[2])
     return Head(weight, bias, **_transform(lm, text), lora=lora)
