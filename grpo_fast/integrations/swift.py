@@ -13,14 +13,14 @@ from torch import Tensor
 
 from grpo_fast import linear_logprob
 from grpo_fast.integrations.liger import LigerFusedLinearGRPOLoss
-from grpo_fast.models import attach, find_head
+from grpo_fast.models import attach, find_head, is_attached
 
 __all__ = ["TESTED", "patch_swift", "unpatch_swift"]
 
 TESTED = ("4.6.0",)
 _WORKS = f"grpo_fast.integrations.swift works with ms-swift {' and '.join(TESTED)}"
 _NAMES = ("__init__", "_get_logps_via_local_forward", "_get_per_token_logps_and_entropies_single")
-_NAMES += ("_prepare_liger_loss",)
+_NAMES += ("_prepare_liger_loss", "_get_train_sampler")
 try:
     import swift
     from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
@@ -36,8 +36,12 @@ _MASK: ContextVar[Tensor | None] = ContextVar("grpo_fast_swift_mask", default=No
 
 
 def _init(self: Any, model: Any = None, ref_model: Any = None, *args: Any, **kwargs: Any) -> None:
-    if kwargs["template"].sequence_parallel_size > 1:
-        raise ValueError("patch_swift cannot honour sequence_parallel_size > 1: set it to 1.")
+    refused = {
+        "sequence_parallel_size > 1": kwargs["template"].sequence_parallel_size > 1,
+        "a multimodal model": model.model_meta.is_multimodal,
+    }
+    if names := [name for name, given in refused.items() if given]:
+        raise ValueError(f"patch_swift cannot honour {', nor '.join(names)}.")
     # under the autocast of a prepared model the check of the head would see rounded logits
     for each in (model, ref_model, kwargs.get("teacher_model")):
         if each is not None:
@@ -50,8 +54,13 @@ def _init(self: Any, model: Any = None, ref_model: Any = None, *args: Any, **kwa
             "adapter of lm_head, which swift does not hand over: set it to false."
         )
     _THEIRS["__init__"](self, model, ref_model, *args, **kwargs)
-    # Liger's kernels have replaced the forward
-    attach(model)
+
+
+def _get_train_sampler(self: Any, *args: Any, **kwargs: Any) -> Any:
+    # of all that train() does here Liger's kernels have just replaced the forward, and Accelerate,
+    # under whose autocast ours has to be, comes next
+    attach(self.model)
+    return _THEIRS["_get_train_sampler"](self, *args, **kwargs)
 
 
 def _single(
@@ -79,6 +88,11 @@ def _local_forward(
     input_ids: Tensor,
     compute_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
+    if not is_attached(model):
+        raise ValueError(
+            "model: expected one whose forward takes head_fn, got another: call patch_swift before "
+            "the trainer is built, and replace no forward after that"
+        )
     ids, mask = input_ids[:, -logits_to_keep:], _MASK.get()
 
     def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, Tensor | None]:
@@ -102,7 +116,8 @@ def _prepare_liger_loss(self: Any) -> None:
         _THEIRS["_prepare_liger_loss"](self)
 
 
-_OURS = dict(zip(_NAMES, (_init, _local_forward, _single, _prepare_liger_loss), strict=True))
+_OURS = (_init, _local_forward, _single, _prepare_liger_loss, _get_train_sampler)
+_OURS = dict(zip(_NAMES, _OURS, strict=True))
 
 
 def patch_swift() -> contextlib.ExitStack:
