@@ -34,7 +34,13 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # kernels/ has no __init__.py: CONTRIBUTING.md, "Where the kernels live", says why.
-    packages=["grpo_fast", "grpo_fast.integrations", "grpo_fast.rewards", "grpo_fast.kernels"],
+    packages=[
+        "grpo_fast",
+        "grpo_fast.integrations",
+        "grpo_fast.integrations.swift_plugin",
+        "grpo_fast.rewards",
+        "grpo_fast.kernels",
+    ],
     package_dir={"grpo_fast.kernels": "kernels"},
     package_data={"grpo_fast": ["py.typed"]},
     install_requires=[
