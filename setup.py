@@ -55,6 +55,8 @@ setup(
         "liger": ["liger-kernel"],
         # grpo_fast.integrations.trl says which versions it was tested with
         "trl": TRAINER + ["trl>=1.16"],
+        # the same of grpo_fast.integrations.swift; ms-swift imports msgspec without asking for it
+        "swift": TRAINER + ["ms-swift>=4.6", "msgspec"],
         "bench": BENCH,
         "dev": TRAINER + DEMO + BENCH + ["hypothesis", "ruff", "setuptools>=77"],
     },

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("swift", reason="needs ms-swift, which `make test-swift` lays over .venv")
 from tiny_swift import LIGER, LORA, checkpoint, compare, differences, run, settings, steps
@@ -124,9 +125,28 @@ def test_evaluation(path, calls):
     rows = {"val_dataset": [str(path / "prompts.jsonl")], "eval_strategy": "steps", "eval_steps": 3}
     ours, theirs = both(path, max_steps=3, per_device_eval_batch_size=4, **rows)
     same(ours, theirs, 3)
-    evaluated = [[log for log in one.state.log_history if "eval_loss" in log] for one in (ours, theirs)]
+    logs = [one.state.log_history for one in (ours, theirs)]
+    evaluated = [[log for log in history if "eval_loss" in log] for history in logs]
     assert len(evaluated[0]) == 1
     assert max(compare(*evaluated).values()) <= TOLERANCE
+
+
+def test_mixed_precision(path, monkeypatch):
+    """The head is inside Accelerate's autocast, of the reference too; one step, whose text is that
+    of the same weights."""
+    inside, function = [], adapter.linear_logprob
+
+    def watched(*args, **kwargs):
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(adapter, "linear_logprob", watched)
+    ours, theirs = both(path, bf16=True, beta=0.1, max_steps=1)
+    assert inside == [True, True, True]
+    gaps = differences(ours, theirs)
+    # swift rounds logits to bf16
+    assert gaps.pop("text") == 0.0 and max(gaps.values()) <= 1e-3, gaps
+    assert steps(ours)[0]["kl"] == 0.0
 
 
 def test_only_completion_tokens_are_read(path, calls):

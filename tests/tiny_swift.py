@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM
 # A loss is a sum of advantages of both signs and a KL is exp(d) - d - 1: what is left over of terms
 # near 1, each of them rounded to 1.2e-7 in fp32. This floor allows 5e-7 for them.
 FLOOR = 5e-2
-CLOCK = ("step_time", "runtime", "per_second", "elapsed_time", "remaining_time", "train_speed(s/it)")
+CLOCK = ("_time", "runtime", "per_second", "train_speed(s/it)")
 
 
 def checkpoint(folder: Path) -> Path:
@@ -147,9 +147,9 @@ def compare(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dic
         for name in mine.keys() | other.keys():
             if name.endswith(CLOCK):
                 continue
-            both = mine.get(name, math.inf), other.get(name, -math.inf)
-            gap = 0.0 if both[0] == both[1] or all(map(math.isnan, both)) else abs(both[0] - both[1])
-            out[name] = max(out.get(name, 0.0), gap / max(abs(both[1]), FLOOR))
+            a, b = mine.get(name, math.inf), other.get(name, -math.inf)
+            gap = 0.0 if a == b or math.isnan(a) and math.isnan(b) else abs(a - b)
+            out[name] = max(out.get(name, 0.0), gap / max(abs(b), FLOOR))
     return out
 
 
