@@ -1,5 +1,5 @@
-"""ms-swift: the log-probs of its GRPO trainer by `linear_logprob`, without logits, and ours in its
-place for Liger's loss. `patch_swift` installs both; docs/swift.md has the flag that does."""
+"""ms-swift: the log-probs of its GRPO trainer by `linear_logprob`, without logits, and our loss in
+its slot for Liger's. `patch_swift` installs both; docs/swift.md has the flag that does."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ def _init(self: Any, model: Any = None, ref_model: Any = None, *args: Any, **kwa
 
 
 def _get_train_sampler(self: Any, *args: Any, **kwargs: Any) -> Any:
-    # of all that train() does here Liger's kernels have just replaced the forward, and Accelerate,
-    # under whose autocast ours has to be, comes next
+    # between Liger's kernels, which replace the forward, and Accelerate, whose autocast wraps it
     attach(self.model)
     return _THEIRS["_get_train_sampler"](self, *args, **kwargs)
 
