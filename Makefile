@@ -116,10 +116,10 @@ test-aot36: .triton36/.installed
 	PYTHONPATH=.triton36 $(RUN) tests/aot.py
 	PYTHONPATH=.triton36 $(PYTEST) tests/test_aot.py
 
-# 5: as above. GRPO_FAST_SWIFT=full trains with every combination of the options.
+# GRPO_FAST_SWIFT=full trains with every combination of the options, of which this is a part.
 test-swift: .swift/.installed
 	@echo "== the adapter for ms-swift against ms-swift's own runs"
-	PYTHONPATH=.swift $(PYTEST) tests/test_swift*.py || [ $$? = 5 ]
+	PYTHONPATH=.swift $(PYTEST) tests/test_swift*.py
 
 test-deepspeed: .deepspeed/.installed
 	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/test_zero3.py
