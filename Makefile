@@ -34,7 +34,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -55,6 +55,11 @@ PYTEST := $(RUN) -m pytest -q --durations=8
 .trl/.installed: requirements/trl.txt $(ENVIRONMENT)
 	rm -rf .trl && mkdir .trl
 	$(RUN) -m pip install --quiet --no-deps --target .trl -r requirements/trl.txt
+	touch $@
+
+.swift/.installed: requirements/swift.txt $(ENVIRONMENT)
+	rm -rf .swift && mkdir .swift
+	$(RUN) -m pip install --quiet --no-deps --target .swift -r requirements/swift.txt
 	touch $@
 
 .peers/.installed: requirements/peers.txt requirements/trl.txt $(ENVIRONMENT)
@@ -123,6 +128,11 @@ test-aot36: .triton36/.installed
 	PYTHONPATH=.triton36 $(RUN) tests/aot.py
 	PYTHONPATH=.triton36 $(PYTEST) tests/test_aot.py
 
+# GRPO_FAST_SWIFT=full trains with every combination of the options, of which this is a part.
+test-swift: .swift/.installed
+	@echo "== the adapter for ms-swift against ms-swift's own runs"
+	PYTHONPATH=.swift $(PYTEST) tests/test_swift*.py
+
 test-deepspeed: .deepspeed/.installed
 	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/test_zero3.py
 
@@ -168,6 +178,6 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl .openrlhf build dist *.egg-info
+	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl .openrlhf .swift build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

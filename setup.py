@@ -34,7 +34,13 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # kernels/ has no __init__.py: CONTRIBUTING.md, "Where the kernels live", says why.
-    packages=["grpo_fast", "grpo_fast.integrations", "grpo_fast.rewards", "grpo_fast.kernels"],
+    packages=[
+        "grpo_fast",
+        "grpo_fast.integrations",
+        "grpo_fast.integrations.swift_plugin",
+        "grpo_fast.rewards",
+        "grpo_fast.kernels",
+    ],
     package_dir={"grpo_fast.kernels": "kernels"},
     package_data={"grpo_fast": ["py.typed"]},
     install_requires=[
@@ -49,6 +55,8 @@ setup(
         "liger": ["liger-kernel"],
         # grpo_fast.integrations.trl says which versions it was tested with
         "trl": TRAINER + ["trl>=1.16"],
+        # the same of grpo_fast.integrations.swift; ms-swift imports msgspec without asking for it
+        "swift": TRAINER + ["ms-swift>=4.6", "msgspec"],
         "bench": BENCH,
         "dev": TRAINER + DEMO + BENCH + ["hypothesis", "ruff", "setuptools>=77"],
     },
