@@ -220,7 +220,7 @@ def test_options_that_are_not_of_install(name):
     [
         ({"loss_type": "dapa"}, {}, "loss_type: .*did you mean 'dapo'"),
         ({"loss_type": "reward_weighted"}, {}, "loss_type: .*reinforce is the loss"),
-        ({"loss_type": "dapo", "clip": 1}, {}, "clip: expected one of aggregation, delta"),
+        ({"loss_type": "dapo", "clip": 1}, {}, "clip: expected one of aggregation, cispo_ratio"),
         ({"loss_type": "dapo", "epsilon": -1.0}, {}, "epsilon must be"),
         ({"loss_type": "dr_grpo"}, {}, "max_completion_length: dr_grpo divides by it"),
         ({"loss_type": "dapo"}, {"clip_eps_low": -1.0}, "clip_eps_low must be"),

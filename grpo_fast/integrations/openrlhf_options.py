@@ -66,7 +66,7 @@ def check_options(loss_type: str, options: dict[str, Any]) -> None:
     if "top_entropy_quantile" in options:
         value = options["top_entropy_quantile"]
         fail("top_entropy_quantile", "its default: the loss is given no entropies", value)
-    names = {f.name for f in fields(LossConfig)} - set(OWN) - {"loss_type"}
+    names = {f.name for f in fields(LossConfig)} - {*OWN, "loss_type", "top_entropy_quantile"}
     for name in options:
         if name not in names:
             fail(name, f"one of {', '.join(sorted(names))}", options[name])
@@ -82,8 +82,8 @@ def _clips(
     theirs: PolicyLoss, loss_type: str, given: dict[str, Any], options: dict[str, Any]
 ) -> None:
     preset = PRESETS[loss_type]
-    clips = {"epsilon", "ratio_high"} & set(OBJECTIVES[preset.objective].parameters)
-    clips = bool(clips) or "sequence_clipped" in preset.levels
+    bounds = {"ratio_high", "upper_epsilon"} & set(OBJECTIVES[preset.objective].parameters)
+    clips = bool(bounds) or "sequence_clipped" in preset.levels
     for ours in ("epsilon", "epsilon_high"):
         used = clips and not (loss_type == "cispo" and ours == "epsilon")
         if not used and given[ours] != _DEFAULTS[_NAMES[ours]]:
