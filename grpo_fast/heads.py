@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from grpo_fast.logprob import linear_logprob
 
@@ -144,10 +144,9 @@ def find_head(model: nn.Module, *, partitioned: bool = False) -> Head:
     lora = None
     if hasattr(module, "base_layer") or hasattr(module, "token_adapter"):
         module, lora = _adapted(lm, module)
+    # a DTensor stays one: the `linear_*` functions gather it and average its gradient, while that
+    # of full_tensor() is each rank's own
     weight, bias = module.weight, getattr(module, "bias", None)
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-        bias = None if bias is None else bias.full_tensor()
     if hasattr(weight, "ds_id") and not partitioned:
         raise ValueError("model: DeepSpeed ZeRO-3 partitions lm_head; use FSDP or ZeRO-2")
     shape = getattr(weight, "ds_shape", weight.shape)
@@ -160,6 +159,11 @@ def find_head(model: nn.Module, *, partitioned: bool = False) -> Head:
     # Inkling pads the vocabulary of its weight and drops the padding from its logits.
     vocab = getattr(text, "unpadded_vocab_size", None) or shape[0]
     if vocab < shape[0]:
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                f"model: expected an lm_head of {vocab} rows under FSDP2, got a padded one of "
+                f"{shape[0]}; leave it in the group of the whole model"
+            )
         weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
         lora = None if lora is None else (lora[0], lora[1][:vocab], lora[2])
     return Head(weight, bias, **_transform(lm, text), lora=lora)
@@ -229,6 +233,9 @@ def check_head(model: nn.Module, head: Head, *, run_backbone: bool = True) -> No
     tokens = torch.arange(count, device=lm.device)[None]
     targets = torch.linspace(0, vocab - 1, count, device=head.weight.device).long()
     with torch.no_grad(), evaluating(lm):
+        parts = {"weight": head.weight, "bias": head.bias}
+        whole = {n: t.full_tensor() for n, t in parts.items() if hasattr(t, "full_tensor")}
+        head = replace(head, **whole)
         noise = torch.randn(1, count, width, generator=torch.Generator().manual_seed(0))
         noise = noise.to(head.weight)
         plain = (noise[0] @ head.weight.T).float() * head.logit_scale
@@ -240,10 +247,12 @@ def check_head(model: nn.Module, head: Head, *, run_backbone: bool = True) -> No
 
 
 @dataclass
-class _Output(MoeModelOutputWithPast):
-    """All that a head may read of its layers: router_logits, or cross_attentions (GPT-2)."""
+class _Output(BaseModelOutputWithPast):
+    """Whatever else a model reads of its layers is None, as most of it is in most calls."""
 
-    cross_attentions: tuple[Tensor, ...] | None = None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 @contextmanager
@@ -251,7 +260,7 @@ def _hidden_states(lm: nn.Module, hidden: Tensor | None, run: bool) -> Iterator[
     """Last hidden states of the forward passes inside the block, with `hidden` in their place."""
     seen: list[Tensor] = []
 
-    def replace(_: nn.Module, __: Any, output: Any) -> Any:
+    def exchange(_: nn.Module, __: Any, output: Any) -> Any:
         seen.append(output[0] if hidden is None else hidden.expand_as(output[0]))
         if hidden is None:
             return output
@@ -261,7 +270,7 @@ def _hidden_states(lm: nn.Module, hidden: Tensor | None, run: bool) -> Iterator[
         return output
 
     body = backbone(lm)
-    handle = body.register_forward_hook(replace)
+    handle = body.register_forward_hook(exchange)
     before = body.__dict__.get("forward")
     if not run:
         body.forward = lambda *_, **__: _Output(last_hidden_state=hidden)
