@@ -166,13 +166,29 @@ def test_own_losses_by_name():
     assert torch.equal(got[0], want[0]) and distance(got[1], want[1]) <= TOLERANCE
     other = run(actor("fast_dapo", **options), case)
     assert not torch.equal(got[0], other[0])
+    adapter.register("capped", "dapo", delta=1.35)
+    got = run(actor("capped", **options), case)
+    want = run(actor("vanilla", clip_ratio_c=1.35, **options), case)
+    assert torch.equal(got[0], want[0])
+
+
+def test_patching_again_keeps_what_was_registered():
+    adapter.register("fast_dapo", "dapo", epsilon=0.01)
+    adapter.patch_verl()
+    assert POLICY_LOSS_REGISTRY["fast_dapo"].args == ("dapo", {"epsilon": 0.01})
+    adapter.register("fast_dapo", "dapo")
 
 
 @pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
         (("mine", "dappo"), {}, "loss_type: .*'dapo'"),
-        (("mine", "dapo"), {"beta": 0.1}, "beta: not an option of a policy loss"),
+        (("mine", "dapo"), {"beta": 0.1}, "beta: not an option here"),
+        (("mine", "gpg"), {"epsilon": 0.1}, "epsilon: gpg has no use for it"),
+        (("mine", "cispo"), {"epsilon": 0.1}, "epsilon: cispo has no use for it"),
+        (("mine", "sapo"), {"epsilon_high": 0.1}, "epsilon_high: sapo has no use for it"),
+        (("mine", "cispo"), {"delta": 3.0}, "delta: cispo has no use for it"),
+        (("mine", "dapo"), {"delta": 1.1}, "delta must be a finite number > 1.2"),
         (("mine", "dapo"), {"epsilon": -1.0}, "epsilon must be"),
         (("mine", "dapo"), {"vespo_k_pos": 1.0}, "vespo_k_pos: only vespo"),
         (("vanilla", "dapo"), {}, "name: verl has a policy loss 'vanilla'"),

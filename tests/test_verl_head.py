@@ -157,6 +157,16 @@ def test_the_two_functions(shape):
     assert torch_functional.FusedLinearForPPO is verl_head.FusedLinearForPPO
 
 
+def test_shapes_of_megatron_are_flat():
+    """Hidden states (S, 1, H) with labels (1, S), as verl's own function returns them."""
+    hidden, weight = torch.randn(7, 1, 24), torch.randn(77, 24)
+    labels = torch.randint(77, (1, 7))
+    logp, entropy = kernel.linear_cross_entropy(hidden, weight, labels, TEMPERATURE)
+    assert logp.shape == entropy.shape == (7,)
+    want = (hidden[:, 0] @ weight.T / TEMPERATURE).log_softmax(-1).gather(-1, labels.T)[:, 0]
+    torch.testing.assert_close(logp, want)
+
+
 def engine(made) -> types.SimpleNamespace:
     """What the methods of verl's FSDP engine need of it; the engine itself wants a GPU."""
     config = types.SimpleNamespace(
@@ -234,6 +244,57 @@ def test_a_second_model_of_the_class_is_checked_too():
     made.lm_head.register_forward_hook(lambda module, args, out: 2.0 * out)
     with pytest.raises(ValueError, match="its head does something unknown"):
         fuse(made)
+
+
+def test_a_subclass_of_a_fused_class():
+    base = model("Qwen3")
+    ids = torch.randint(97, (2, 5))
+    want = exact(base, ids, ids.roll(-1, -1))
+    fuse(base)
+
+    class Mine(type(base)):
+        pass
+
+    made = Mine(base.config)
+    made.load_state_dict(base.state_dict())
+    fuse(made)
+    check(made, ids, ids.roll(-1, -1), want)
+
+
+def test_a_class_that_verl_has_fused_before_is_refused():
+    adapter.unpatch_verl()
+    fuse(model("Qwen3"))
+    adapter.patch_verl()
+    with pytest.raises(ValueError, match="verl has replaced the forward of Qwen3ForCausalLM alr"):
+        fuse(model("Qwen3"))
+
+
+def test_a_model_without_fused_kernels_is_not_checked():
+    fuse(model("Qwen3"))
+    made = model("Qwen3")
+    made.lm_head.register_forward_hook(lambda module, args, out: 2.0 * out)
+    monkey_patch.apply_monkey_patch(made, use_remove_padding=False, use_fused_kernels=False)
+
+
+def test_a_vision_language_model_outside_the_list_of_verl():
+    import transformers
+
+    text = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    made = transformers.Gemma3ForConditionalGeneration(config).eval()
+    ids = torch.randint(3, 97, (2, 5))
+    want = (made(input_ids=ids).logits / TEMPERATURE).log_softmax(-1)
+    before = type(made).forward
+    try:
+        fuse(made)
+        got = made(input_ids=ids, temperature=TEMPERATURE, return_dict=True).log_probs
+    finally:
+        type(made).forward = before
+    want = want.gather(-1, ids.roll(-1, -1)[..., None])[..., 0]
+    assert (got - want).abs().max() < TOLERANCE
 
 
 def test_the_check_runs_no_layer():

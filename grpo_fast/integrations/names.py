@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+from grpo_fast.config import OBJECTIVES, PRESETS, nearest
+
+# the number of an objective that a field of LossConfig stands behind
+_BEHIND = {
+    "epsilon": ("ratio_low", "epsilon"),
+    "epsilon_high": ("ratio_high", "upper_epsilon"),
+    "delta": ("ratio_cap",),
+}
 
 
 @contextmanager
@@ -23,3 +32,23 @@ def owned(loss_type: str, options: dict[str, object]) -> dict[str, object]:
     each at all times, and ours refuses one that would do nothing."""
     others = {"sapo", "vespo"} - {loss_type}
     return {name: value for name, value in options.items() if name.split("_")[0] not in others}
+
+
+def check_options(loss_type: str, options: Iterable[str], allowed: tuple[str, ...]) -> None:
+    """Refuse options that are not among the allowed ones, or that the loss type does not read.
+
+    Raises:
+        ValueError: it is named.
+    """
+    if loss_type not in PRESETS:
+        known = nearest(loss_type, list(PRESETS))
+        raise ValueError(f"loss_type: expected a known loss type, got {loss_type!r}; {known}")
+    preset = PRESETS[loss_type]
+    numbers = set(OBJECTIVES[preset.objective].parameters)
+    if "sequence_clipped" in preset.levels:
+        numbers |= {"epsilon", "upper_epsilon"}
+    for name in options:
+        if name not in allowed:
+            raise ValueError(f"{name}: not an option here; {nearest(name, allowed)}")
+        if not numbers & set(_BEHIND.get(name, numbers)) and name in _BEHIND:
+            raise ValueError(f"{name}: {loss_type} has no use for it.")

@@ -43,9 +43,16 @@ def _patch_forward_with_backends(
     before = kind.forward
     theirs = _THEIRS["verl.models.transformers.monkey_patch", "patch_forward_with_backends"]
     theirs(model, use_fused_kernels, fused_kernels_backend)
-    if kind.forward is not fused_forward:
+    if not use_fused_kernels or kind.forward is not fused_forward:
         return
-    kind.forward = _BEFORE[kind] = before if before is not fused_forward else _BEFORE[kind]
+    if before is fused_forward:
+        before = next(_BEFORE[each] for each in kind.__mro__ if each in _BEFORE)
+    kind.forward = _BEFORE[kind] = before
+    if before in _THEIRS.values():
+        raise ValueError(
+            f"use_fused_kernels: verl has replaced the forward of {kind.__name__} already; import "
+            "grpo_fast.integrations.verl before the first model of that class is built"
+        )
     if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
         raise ValueError("use_fused_kernels: expected output_router_logits=False, got True")
     # without its layers: their attention may need a GPU, and the model is not there yet. Ranks
@@ -55,7 +62,7 @@ def _patch_forward_with_backends(
     kind.forward = fused_forward
 
 
-# every place is read anew when verl builds a model or runs a forward
+# read anew when the FSDP engine builds a model or runs a forward
 _DENSE = "verl.models.transformers.dense_common"
 _OURS = {
     (_DENSE, "forward_with_torch_backend"): fused_forward,
@@ -82,7 +89,8 @@ def patch_verl() -> contextlib.ExitStack:
         A context manager whose end is `unpatch_verl`.
     """
     for loss_type in PRESETS:
-        register(f"fast_{loss_type}", loss_type)
+        if f"fast_{loss_type}" not in registered():
+            register(f"fast_{loss_type}", loss_type)
     for (module, name), ours in _OURS.items():
         setattr(_MODULES[module], name, ours)
     stack = contextlib.ExitStack()

@@ -60,12 +60,15 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """verl's function of that name. A vocabulary split over ranks (Megatron) goes to verl's own,
-    and so does a reduction."""
+    """verl's function of that name; results shaped like labels, or, as verl's, flat where those are
+    not shaped like hidden. A vocabulary split over ranks (Megatron) goes to verl's own, and so does
+    a reduction."""
     alone = dist_process_group is None or dist.get_world_size(dist_process_group) == 1
     if not alone or reduction != "none":
         return _theirs(hidden, weight, labels, temperature, reduction, dist_process_group)
-    return head_logprobs(hidden, weight, labels.view(hidden.shape[:-1]), temperature)
+    if labels.shape != hidden.shape[:-1]:
+        hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    return head_logprobs(hidden, weight, labels, temperature)
 
 
 def fused_forward(

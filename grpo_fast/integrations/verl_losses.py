@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.config import PRESETS, LossConfig, nearest
-from grpo_fast.integrations.names import renamed
+from grpo_fast.config import PRESETS, LossConfig
+from grpo_fast.integrations.names import check_options, renamed
 from grpo_fast.token_losses import TokenLosses, token_losses
 
 __all__ = ["TESTED", "WORKS", "register", "registered", "unregister"]
@@ -55,11 +55,10 @@ def register(name: str, loss_type: str, **options: Any) -> None:
     Raises:
         ValueError: an unknown loss type or option, a value out of range, or a name in use.
     """
-    for key in options:
-        if key not in _OPTIONS:
-            raise ValueError(f"{key}: not an option of a policy loss; {nearest(key, _OPTIONS)}")
+    check_options(loss_type, options, _OPTIONS)
     # cispo without a bound of its own warns, and the actor's config will give it one
-    LossConfig(loss_type, aggregation="token_mean", **{"epsilon_high": 5.0, **options})
+    bound = {"epsilon_high": 5.0} if PRESETS[loss_type].objective == "cispo" else {}
+    LossConfig(loss_type, aggregation="token_mean", **{**bound, **options})
     if name in POLICY_LOSS_REGISTRY and name not in registered():
         raise ValueError(f"name: verl has a policy loss {name!r} already; choose another.")
     POLICY_LOSS_REGISTRY[name] = functools.partial(_policy_loss, loss_type, options)
