@@ -36,23 +36,21 @@ class Logits(torch.autograd.Function):
     """The function behind the head, by logits; its entropy has no gradient, as in prime-rl."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, inv_temperature, chunk_size, sampling_mask=None):
+    def forward(ctx, hidden, weight, labels, inv_temperature, chunk_size):
         with torch.enable_grad():
             leaves = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
             logits = leaves[0] @ leaves[1].T * inv_temperature[:, None]
-            if sampling_mask is not None:
-                logits = logits.masked_fill(~sampling_mask, -torch.inf)
             log_p = logits.float().log_softmax(-1)
             logp = log_p.gather(-1, labels[:, None])[:, 0]
         ctx.graph = logp, leaves
         p = log_p.detach().exp()
-        return logp.detach(), -(p * log_p.detach()).nan_to_num(nan=0.0).sum(-1)
+        return logp.detach(), -(p * log_p.detach()).sum(-1)
 
     @staticmethod
     def backward(ctx, dlogp, dentropy):
         assert dentropy is None or not dentropy.any()
         logp, leaves = ctx.graph
-        return (*torch.autograd.grad(logp, leaves, dlogp), None, None, None, None)
+        return (*torch.autograd.grad(logp, leaves, dlogp), None, None, None)
 
 
 class FusedOutputLinear(nn.Linear):
@@ -62,12 +60,11 @@ class FusedOutputLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.chunk_size = chunk_size
 
-    def forward(self, hidden_states, labels, temperature, sampling_mask=None):
+    def forward(self, hidden_states, labels, temperature):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         given = (flat, self.weight, labels.reshape(-1), 1.0 / temperature.reshape(-1))
-        more = () if sampling_mask is None else (sampling_mask.reshape(len(flat), -1),)
         function = sys.modules[_HEAD]._SequenceChunkedLogProbEntropyFn
-        found = function.apply(*given, self.chunk_size, *more)
+        found = function.apply(*given, self.chunk_size)
         return {
             n: t.view(labels.shape) for n, t in zip(("logprobs", "entropy"), found, strict=True)
         }

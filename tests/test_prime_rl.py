@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 
 import prime_rl_standin
 import pytest
@@ -56,6 +57,15 @@ def sample(
 def options_of(config) -> dict:
     default = type(config)(config.loss_type, aggregation="token_mean")
     names = [n for n in vars(config) if n not in THEIRS]
+    if PRESETS[config.loss_type].objective not in (
+        "clip",
+        "cispo",
+        "surrogate",
+        "dppo_tv",
+        "dppo_kl",
+    ):
+        # they have no bound, and the reference, which gets all of the configuration, agrees
+        names.remove("epsilon_high")
     return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(default, n)}
 
 
@@ -109,7 +119,7 @@ def test_equals_the_float64_reference(config, use_ref):
 
 
 @pytest.mark.parametrize("weights", [True, False])
-def test_gradient_of_the_default_loss_of_prime_rl(weights):
+def test_gradient_of_the_default_loss_of_version_0_8_0(weights):
     """A ratio * A inside the trust region of DPPO, and kl_tau times the squared log-ratio."""
     for seed in range(10):
         given = sample(T=200, seed=seed, advantage=None, spread=0.6)
@@ -152,11 +162,15 @@ def test_a_sample_without_a_token():
     assert all(t == 0 for t in out.metrics.values())
 
 
-def test_teacher_logprobs_of_older_versions():
+def test_inputs_of_older_versions():
+    """With teacher_logprobs and without loss_weights."""
     given = sample()
+    given.loss_weights = None
     want = adapter.policy_loss(given, beta=0.1).loss
     given.teacher_logprobs = given.ref_logprobs
-    del given.ref_logprobs
+    del given.ref_logprobs, given.loss_weights
+    # the default of the class would stand in for the one that is missing
+    given = types.SimpleNamespace(**vars(given))
     assert torch.equal(adapter.policy_loss(given, beta=0.1).loss, want)
 
 
@@ -165,11 +179,13 @@ def test_teacher_logprobs_of_older_versions():
     [
         ({"loss_type": "dppo"}, "loss_type: .*did you mean 'ppo'|loss_type: "),
         ({"epsilon_hi": 0.3}, "epsilon_hi: .* did you mean 'epsilon_high'"),
-        ({"temperature": 0.7}, "temperature: not an option"),
-        ({"aggregation": "sequence_mean"}, "aggregation: not an option"),
+        ({"temperature": 0.7}, "temperature: not an option here"),
+        ({"aggregation": "sequence_mean"}, "aggregation: not an option here"),
         ({"epsilon": -0.1}, "epsilon must be"),
-        ({"beta": 0.1}, "ref_logprobs: beta > 0 needs them, got None"),
-        ({"beta": 0.1, "kl_against": "old"}, "kl_against: expected 'reference' or 'inference'"),
+        ({"beta": 0.1}, "ref_logprobs: expected them with beta > 0"),
+        ({"kl_against": "old"}, "kl_against: expected 'reference' or 'inference'"),
+        ({"epsilon": [0.1, 0.2]}, "epsilon: expected a number, a string or a bool"),
+        ({"loss_type": "gpg", "epsilon": 0.1}, "epsilon: gpg has no use for it"),
     ],
 )
 def test_wrong_options(options, words):
@@ -184,6 +200,13 @@ def test_wrong_tensors_by_their_names_in_prime_rl():
     given.inference_logprobs = given.inference_logprobs[:-1]
     with pytest.raises(ValueError, match="^inference_logprobs: "):
         adapter.policy_loss(given)
+    for shape in ((12, 1), (1,)):
+        given = sample()
+        given.loss_weights = torch.ones(shape)
+        with pytest.raises(
+            ValueError, match=r"^loss_weights: expected floating-point tensor \(12,\)"
+        ):
+            adapter.policy_loss(given)
     given = sample()
     given.loss_mask = given.loss_mask[1:]
     with pytest.raises(ValueError, match="^loss_mask"):
@@ -230,17 +253,19 @@ def test_head_is_ours_until_unpatched():
         adapter.unpatch_prime_rl()
 
 
-def test_what_is_more_goes_to_prime_rl():
-    head, hidden, ids, temperature = head_case()
-    allowed = torch.rand(18, 77) < 0.5
-    allowed[torch.arange(18), ids.reshape(-1)] = True
-    given = (hidden.detach().reshape(18, 24), head.weight, ids.reshape(-1), temperature.view(-1), 5)
-    if "sampling_mask" not in adapter._Theirs.forward.__code__.co_varnames:
-        pytest.skip("this prime-rl has no sampling mask")
-    found = adapter._FastLogProb.apply(*given, allowed)[0]
-    assert torch.equal(found, adapter._Theirs.apply(*given, allowed)[0])
-    whole = adapter._FastLogProb.apply(*given, None)[0]
-    assert (found > whole).all()
+def test_a_head_of_other_arguments_stays_as_it_is(monkeypatch):
+    class Newer(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx, hidden, weight, labels, inv_temperature, chunk_size, sampling_mask, both=False
+        ):
+            raise NotImplementedError
+
+    monkeypatch.setattr(adapter, "_Theirs", Newer)
+    monkeypatch.setattr(lm_head, "_SequenceChunkedLogProbEntropyFn", Newer)
+    with pytest.warns(UserWarning, match="0.8.0's head; this one has other arguments"):
+        adapter.patch_prime_rl()
+    assert lm_head._SequenceChunkedLogProbEntropyFn is Newer
 
 
 def test_wrong_labels_by_name():

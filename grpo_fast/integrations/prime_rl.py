@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LossConfig, nearest
-from grpo_fast.integrations.names import renamed
+from grpo_fast.config import LossConfig
+from grpo_fast.inputs import check_tensor, fail
+from grpo_fast.integrations.names import check_options, renamed
 from grpo_fast.logprob import linear_logprob
 from grpo_fast.token_losses import token_losses
 
@@ -35,19 +38,18 @@ except (ImportError, AttributeError, RuntimeError) as error:
 
 _NAMES = {"logp": "trainer_logprobs", "old_logp": "inference_logprobs", "mask": "loss_mask"}
 _NAMES |= {"ids": "labels"}
+_ARGUMENTS = ("hidden", "weight", "labels", "inv_temperature", "chunk_size")
 # the rest of LossConfig is prime-rl's own business
 _OPTIONS = ("importance_sampling_level", "epsilon", "epsilon_high", "delta", "cispo_ratio_min")
-_OPTIONS += ("beta", "kl_estimator", "kl_gradient", "use_bias_correction_kl")
+_OPTIONS += ("beta", "kl_estimator", "kl_gradient", "use_bias_correction_kl", "vespo_lambda_neg")
 _OPTIONS += ("off_policy_mask_threshold", "sapo_temperature_pos", "sapo_temperature_neg")
-_OPTIONS += ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+_OPTIONS += ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg")
 
 
 @functools.cache
 def _config(loss_type: str, options: tuple[tuple[str, Any], ...]) -> LossConfig:
     # once for all samples; prime-rl divides the sum over tokens by their number
-    for name, _ in options:
-        if name not in _OPTIONS:
-            raise ValueError(f"{name}: not an option of a custom loss; {nearest(name, _OPTIONS)}")
+    check_options(loss_type, dict(options), _OPTIONS)
     return LossConfig(loss_type, aggregation="token_mean", **dict(options))
 
 
@@ -66,23 +68,26 @@ def policy_loss(
             "inference": the log-probs of the sampler.
         options: fields of `LossConfig`, e.g. epsilon_high. dppo_tv with epsilon 0.2, beta 0.002,
             kl_estimator k2, use_bias_correction_kl false and kl_against inference has the gradient
-            of prime-rl's default loss (whose kl_tau is beta / 2).
+            of the loss that was v0.8.0's default (whose kl_tau is beta / 2).
 
     Raises:
-        ValueError: an unknown loss type or option, a value out of range, or a beta without the
-            log-probs that it needs.
+        ValueError: an option or a tensor that is wrong, or a beta without what it needs; named.
     """
+    for name, value in options.items():
+        if not isinstance(value, (int, float, str, type(None))):
+            fail(name, "a number, a string or a bool", repr(value))
     config = _config(loss_type, tuple(sorted(options.items())))
-    mask = inputs.loss_mask
-    ref = _reference(inputs, kl_against) if config.beta > 0 else None
+    mask, weights = inputs.loss_mask, getattr(inputs, "loss_weights", None)
+    ref = _reference(inputs, kl_against, config.beta > 0)
     given = {"mask": mask, "old_logp": inputs.inference_logprobs, "ref_logp": ref}
     rows = {name: None if t is None else t.detach()[None] for name, t in given.items()}
     with renamed(_NAMES):
         logp, advantages = inputs.trainer_logprobs[None], inputs.advantages[None]
         out = token_losses(logp, advantages, config=config, **rows)
     tokens = out.loss[0]
-    if inputs.loss_weights is not None:
-        tokens = tokens * torch.where(mask, inputs.loss_weights, 0.0)
+    if weights is not None:
+        check_tensor("loss_weights", weights, tuple(tokens.shape), tokens.device)
+        tokens = tokens * torch.where(mask, weights, 0.0)
     count = mask.sum().clamp(min=1)
     values = {"importance_ratio": out.ratio, "is_clipped": out.clipped}
     if config.beta > 0:
@@ -91,15 +96,15 @@ def policy_loss(
     return LossOutputs(loss=tokens.sum(), metrics=means)
 
 
-def _reference(inputs: LossInputs, against: str) -> Tensor:
-    if against == "inference":
-        return inputs.inference_logprobs
-    if against != "reference":
-        raise ValueError(f"kl_against: expected 'reference' or 'inference', got {against!r}.")
+def _reference(inputs: LossInputs, against: str, needed: bool) -> Tensor | None:
+    if against not in ("reference", "inference"):
+        fail("kl_against", "'reference' or 'inference'", repr(against))
+    if not needed or against == "inference":
+        return inputs.inference_logprobs if needed else None
     # its name before 0.8
     found = inputs.ref_logprobs if hasattr(inputs, "ref_logprobs") else inputs.teacher_logprobs
     if found is None:
-        raise ValueError("ref_logprobs: beta > 0 needs them, got None; or set kl_against.")
+        fail("ref_logprobs", "them with beta > 0 (or set kl_against)", None)
     return found
 
 
@@ -108,16 +113,8 @@ class _FastLogProb:
 
     @staticmethod
     def apply(
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        inv_temperature: Tensor,
-        chunk_size: int,
-        *more: Any,
-    ) -> tuple[Tensor, ...]:
-        if any(x is not None for x in more):
-            # a mask of what could be sampled: the softmax is over a part of the vocabulary
-            return _Theirs.apply(hidden, weight, labels, inv_temperature, chunk_size, *more)
+        hidden: Tensor, weight: Tensor, labels: Tensor, inv_temperature: Tensor, chunk_size: int
+    ) -> tuple[Tensor, Tensor]:
         with renamed(_NAMES):
             temperature = inv_temperature.detach().reciprocal()
             out = linear_logprob(hidden, weight, labels, temperature=temperature, entropy=True)
@@ -127,13 +124,16 @@ class _FastLogProb:
 def patch_prime_rl() -> contextlib.ExitStack:
     """Let `FusedOutputLinear` compute its log-probs and entropies with `linear_logprob`.
 
-    prime-rl reads the function anew in each forward, so it holds for models that exist already. A
-    second call changes nothing.
+    It holds for models that exist already; a second call changes nothing. A head of other arguments
+    than v0.8.0's (those of a sampling mask, since) keeps its own function, with a warning.
 
     Returns:
         A context manager whose end is `unpatch_prime_rl`.
     """
-    _lm_head._SequenceChunkedLogProbEntropyFn = _FastLogProb
+    if tuple(inspect.signature(_Theirs.forward).parameters)[1:] == _ARGUMENTS:
+        _lm_head._SequenceChunkedLogProbEntropyFn = _FastLogProb
+    else:
+        warnings.warn(f"{_WORKS}.0's head; this one has other arguments and stays.", stacklevel=2)
     stack = contextlib.ExitStack()
     stack.callback(unpatch_prime_rl)
     return stack
