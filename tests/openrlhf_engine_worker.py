@@ -14,6 +14,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
+from peft import LoraConfig, get_peft_model
 
 from grpo_fast.integrations.openrlhf import install, uninstall
 
@@ -126,6 +127,20 @@ def zero_3_installed_in_the_middle():
     """The head is checked while DeepSpeed's prefetch of a recorded order is under way."""
     compare(3, late=True)
     compare(3, late=True, family="Gemma2")
+
+
+@check
+def zero_3_refuses_an_adapter_on_the_head():
+    install()
+    one = cases.actor()
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    one.model = engine_of(get_peft_model(one.model, lora), 3, 1)
+    try:
+        one(**cases.batch())
+    except ValueError as error:
+        assert str(error).startswith("ds.zero_stage: expected 2 with a LoRA adapter"), error
+        return
+    raise AssertionError("nothing was raised")
 
 
 @check

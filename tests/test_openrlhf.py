@@ -23,7 +23,7 @@ from grpo_fast.integrations import openrlhf as adapter
 from grpo_fast.integrations import openrlhf_head
 
 BOUND = 1e-5
-FAMILIES = ("Qwen3", "Gemma2", "Granite", "Cohere", "Phi")
+FAMILIES = ("Qwen3", "Gemma2", "Granite", "Cohere", "Phi", "MiniCPM3")
 
 
 @pytest.fixture(autouse=True)

@@ -228,6 +228,7 @@ def test_options_that_are_not_of_install(name):
         ({"loss_type": "sapo"}, {"dual_clip": 3.0}, "dual_clip: sapo has no such cap"),
         ({"loss_type": "cispo", **MORE["cispo"]}, {"dual_clip": 3.0}, "dual_clip: cispo already"),
         ({"loss_type": "cispo"}, {}, "clip_eps_high: .*the highest ratio itself"),
+        ({"loss_type": "cispo", "epsilon_high": None}, {}, "clip_eps_high: .*the highest ratio"),
         ({"loss_type": "ppo"}, {}, "dual_clip: expected a number for ppo"),
         ({"loss_type": "sapo"}, {"clip_eps_low": 0.1}, "clip_eps_low: .*sapo has no such bound"),
         ({"loss_type": "sapo", "epsilon": 0.1}, {}, "epsilon: .*sapo has no such bound"),
@@ -282,3 +283,10 @@ def test_bad_tensors_are_named_as_openrlhf_names_them():
     data = case()
     with pytest.raises(ValueError, match="^old_log_probs: "):
         chosen("dapo")()(**{**data, "old_log_probs": data["old_log_probs"][:, 1:]})
+
+
+def test_advantages_of_another_shape_are_refused():
+    """(B,) would be spread over the tokens by the loss and over the sequences by a metric."""
+    logp = torch.zeros(5, 5)
+    with pytest.raises(ValueError, match=r"advantages: expected a tensor \(5, 5\), got \(5,\)"):
+        chosen("dapo")()(logp, logp, torch.ones(5), torch.ones(5, 5))

@@ -148,7 +148,9 @@ def compare(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dic
             if name.endswith(CLOCK):
                 continue
             a, b = mine.get(name, math.inf), other.get(name, -math.inf)
-            gap = 0.0 if a == b or math.isnan(a) and math.isnan(b) else abs(a - b)
+            same = a == b or math.isnan(a) and math.isnan(b)
+            # of a NaN on one side only, which `max` would drop
+            gap = 0.0 if same else math.inf if math.isnan(a - b) else abs(a - b)
             out[name] = max(out.get(name, 0.0), gap / max(abs(b), FLOOR))
     return out
 
@@ -159,7 +161,8 @@ def differences(ours: Recorded, theirs: Recorded) -> dict[str, float]:
     pairs = list(zip(ours.losses, theirs.losses, strict=True))
     # of the largest in the run: a loss is a sum of advantages of both signs
     scale = max(abs(b) for _, b in pairs)
-    out["loss"] = max(abs(a - b) for a, b in pairs) / max(scale, FLOOR)
+    gaps = [math.inf if math.isnan(a - b) else abs(a - b) for a, b in pairs]
+    out["loss"] = max(gaps) / max(scale, FLOOR)
     texts = zip(ours.texts, theirs.texts, strict=True)
     out["text"] = 0.0 if all(torch.equal(a, b) for a, b in texts) else math.inf
     return out

@@ -146,7 +146,12 @@ def relative(name: str, ours: float | None, theirs: float | None) -> float:
     if ours is None or theirs is None:
         return 0.0 if ours is theirs else math.inf
     floor = FLOOR if name in ("kl", "policy_loss") else 1e-6
-    return abs(ours - theirs) / max(abs(theirs), floor)
+    return far(ours - theirs) / max(abs(theirs), floor)
+
+
+def far(gap: float) -> float:
+    """Its size, where a NaN is as far as can be: `max` would drop it."""
+    return math.inf if math.isnan(gap) else abs(gap)
 
 
 def differences(ours: Any, theirs: Any) -> dict[str, float]:
@@ -162,7 +167,7 @@ def differences(ours: Any, theirs: Any) -> dict[str, float]:
     # of the largest in the run: a loss is a sum of advantages of both signs
     scale = max(map(abs, theirs.losses), default=0.0)
     losses = zip(ours.losses, theirs.losses, strict=True)
-    out["loss"] = max(abs(a - b) for a, b in losses) / max(scale, FLOOR)
+    out["loss"] = max(far(a - b) for a, b in losses) / max(scale, FLOOR)
     texts = zip(ours.texts, theirs.texts, strict=True)
     out["text"] = 0.0 if all(torch.equal(a, b) for a, b in texts) else math.inf
     return out

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from grpo_fast.gathering import Source, is_zero3
-from grpo_fast.heads import Head, check_head, find_head, innermost
+from grpo_fast.heads import Head, backbone, check_head, find_head, innermost
 from grpo_fast.inputs import fail
 
 __all__ = ["check_engine", "headless"]
@@ -30,7 +30,10 @@ def check_engine(model: nn.Module) -> None:
         fail("ds.deepcompile", "False: the forward would be compiled with its logits", True)
     lm = innermost(model)
     if not lm.__dict__.get(_CHECKED):
-        check_head(lm, _gathered(find_head(lm, partitioned=True)))
+        head = find_head(lm, partitioned=True)
+        if head.lora is not None and is_zero3(head.lora[0]):
+            fail("ds.zero_stage", "2 with a LoRA adapter on lm_head, or none on it", 3)
+        check_head(lm, _gathered(head))
         setattr(lm, _CHECKED, True)
 
 
@@ -61,23 +64,32 @@ def headless(model: nn.Module, fn: Callable[[Tensor, Head], Tensor]) -> Iterator
     # ZeRO-3, which then gathers it first and finds another order than it has recorded
     head = find_head(lm, partitioned=True)
     seen: list[Tensor] = []
+    calls: list[int] = []
+
+    def below(_: nn.Module, __: Any, output: Any) -> None:
+        # not what the head is given: some families scale it in between, which Head knows of
+        seen.append(output[0])
 
     def one_column(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         # what the family does to its logits is done to this, for nothing
-        seen.append(hidden)
+        calls.append(1)
         return hidden[..., :1]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        seen.clear()
+        seen.clear(), calls.clear()
         output = inner(*args, **kwargs)
-        if len(seen) != 1:
-            got = f"{len(seen)} calls of it in the forward of {type(lm).__name__}"
+        if len(calls) != 1 or len(seen) != 1:
+            got = f"{len(calls)} calls of it in the forward of {type(lm).__name__}"
             raise ValueError(f"model: expected one call of the output embedding, got {got}.")
         output["logits"] = fn(seen.pop().to(head.weight.dtype), head)
         return output
 
-    with _instead(module, one_column), _instead(lm, forward):
-        yield
+    handle = backbone(lm).register_forward_hook(below)
+    try:
+        with _instead(module, one_column), _instead(lm, forward):
+            yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

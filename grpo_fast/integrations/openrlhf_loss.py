@@ -52,6 +52,8 @@ class FastPolicyLoss(PolicyLoss):
         corrected = self.is_correction_level != "off"
         if corrected and rollout_log_probs is None:
             fail("rollout_log_probs", "them with is_correction_level other than off", None)
+        if advantages.shape != log_probs.shape:
+            fail("advantages", f"a tensor {tuple(log_probs.shape)}", tuple(advantages.shape))
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         with renamed(_NAMES):
             out = token_losses(

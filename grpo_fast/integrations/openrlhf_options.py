@@ -89,8 +89,8 @@ def _clips(
         if not used and given[ours] != _DEFAULTS[_NAMES[ours]]:
             name = ours if ours in options else _NAMES[ours]
             fail(name, f"its default: {loss_type} has no such bound", given[ours])
-    untold = "epsilon_high" not in options and given["epsilon_high"] == _DEFAULTS["clip_eps_high"]
-    if loss_type == "cispo" and untold:
+    untold = given["epsilon_high"] in (None, _DEFAULTS["clip_eps_high"])
+    if loss_type == "cispo" and untold and options.get("epsilon_high") is None:
         expected = "the highest ratio itself for cispo, as install(epsilon_high=5.0)"
         fail("clip_eps_high", expected, given["epsilon_high"])
     if loss_type == "ppo" and given["delta"] is None:
@@ -117,7 +117,7 @@ def _correction(theirs: PolicyLoss, loss_type: str) -> dict[str, Any]:
         return {}
     if loss_type in ("gspo", "vespo"):
         reason = {"gspo": "OpenRLHF's gspo takes the ratio to the rollout instead"}
-        reason["vespo"] = "its ratio is already that to the rollout"
+        reason["vespo"] = "the weight of a sequence is not that of its tokens"
         expected = f"off with {loss_type}, since {reason[loss_type]}"
         fail("is_correction_level", expected, repr(theirs.is_correction_level))
     if theirs.is_correction_level != "token":
