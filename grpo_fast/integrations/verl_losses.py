@@ -66,10 +66,8 @@ def register(name: str, loss_type: str, **options: Any) -> None:
 
 def registered() -> list[str]:
     """Names of the policy losses that are ours."""
-    mine = (
-        f"{k}" for k, f in POLICY_LOSS_REGISTRY.items() if getattr(f, "func", 0) is _policy_loss
-    )
-    return sorted(mine)
+    losses = POLICY_LOSS_REGISTRY.items()
+    return sorted(name for name, f in losses if getattr(f, "func", None) is _policy_loss)
 
 
 def unregister() -> None:
