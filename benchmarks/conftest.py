@@ -107,6 +107,14 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(config.grpo_fast.machine())
 
 
+def pytest_benchmark_update_commit_info(config, commit_info):
+    # a run that goes on has the results of its first part in the work tree: no change of the code
+    command = ["git", "status", "--porcelain", "--", ".", ":!benchmarks/results"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if found.returncode == 0:
+        commit_info["dirty"] = bool(found.stdout.strip())
+
+
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["skipped"] = config.grpo_fast.skipped
     output_json["sources"] = config.grpo_fast.sources
