@@ -306,21 +306,24 @@ RANKS = """
 import json, sys, torch
 torch.set_num_threads(1)
 from tiny_trl import both, differences, steps
-path, out, options = sys.argv[1:]
-ours, theirs = both(path, **json.loads(options))
-found = differences(ours, theirs)
+path, out, runs = sys.argv[1:]
+said = []
+for options in json.loads(runs):
+    ours, theirs = both(path, **options)
+    found = differences(ours, theirs)
+    said.append({"found": found, "logged": steps(theirs), "ranks": ours.accelerator.num_processes})
 if ours.accelerator.process_index == 0:
-    logged = steps(theirs)
-    said = {"found": found, "logged": logged, "ranks": ours.accelerator.num_processes}
     json.dump(said, open(out, "w"))
 torch.distributed.destroy_process_group()
 """
 
 
 def test_two_ranks(path, tmp_path):
-    """DDP over gloo: the same curves, with ranks that hold unequal numbers of tokens."""
+    """DDP over gloo: the curves of `test_curves`, with ranks that hold unequal numbers of
+    tokens."""
     (tmp_path / "ranks.py").write_text(RANKS)
-    options = {"beta": 0.1, "num_iterations": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
+    # one of each loss type where not all are asked for
+    runs = [named(combination) for combination in combinations()[:: 1 if FULL else 2]]
     folders = [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -328,7 +331,7 @@ def test_two_ranks(path, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         + ["--master-addr", "127.0.0.1", "--master-port", str(port), str(tmp_path / "ranks.py")]
-        + [path, str(tmp_path / "out.json"), json.dumps(options)],
+        + [path, str(tmp_path / "out.json"), json.dumps(runs)],
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(folders),
@@ -337,11 +340,19 @@ def test_two_ranks(path, tmp_path):
         },
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=3600 if FULL else 400,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     said = json.loads((tmp_path / "out.json").read_text())
-    assert said["ranks"] == 2 and len(said["logged"]) == 4
-    assert {name: gap for name, gap in said["found"].items() if not gap <= TOLERANCE} == {}
-    second = said["logged"][1]
-    assert second["clip_ratio/region_mean"] > 0 and second["kl"] > 0
+    assert len(said) == len(runs)
+    clipped = 0
+    for options, one in zip(runs, said, strict=True):
+        assert one["ranks"] == 2 and len(one["logged"]) == 8
+        allowed = 3e-5 if options["loss_type"] == "vespo" else TOLERANCE
+        far = {name: gap for name, gap in one["found"].items() if not gap <= allowed}
+        assert far == {}, (options, far)
+        second = one["logged"][1]
+        assert ("kl" in second) == (options["beta"] > 0)
+        share = second.get("clip_ratio/region_mean", second.get("cispo_clip_ratio"))
+        clipped += share is not None and share > 0
+    assert clipped > 2
