@@ -355,4 +355,4 @@ def test_two_ranks(path, tmp_path):
         assert ("kl" in second) == (options["beta"] > 0)
         share = second.get("clip_ratio/region_mean", second.get("cispo_clip_ratio"))
         clipped += share is not None and share > 0
-    assert clipped > 2
+    assert clipped >= 2
