@@ -18,9 +18,9 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="needs trl, which `make test-trl` lays over the environment")
+from tiny_trainer import checkpoint
 from tiny_trl import (
     both,
-    checkpoint,
     differences,
     direct,
     fabricated,

@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("trl", reason="needs trl, which `make test-trl` lays over the environment")
 from datasets import Dataset
-from tiny_trainer import dataset, spread_reward, tokenizer
-from tiny_trl import checkpoint, lora, settings, steps
+from tiny_trainer import checkpoint, dataset, spread_reward, tokenizer
+from tiny_trl import lora, settings, steps
 from transformers import PrinterCallback
 from trl import (
     DPOConfig,

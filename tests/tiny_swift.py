@@ -16,8 +16,9 @@ from swift.rewards import orms
 from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
 from swift.trainers.trainer_factory import TrainerFactory
 from swift_reward import Spread
-from tiny_trainer import VOCAB, dataset, tokenizer
-from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM
+from tiny_trainer import checkpoint as qwen3_checkpoint
+from tiny_trainer import dataset
+from transformers import PrinterCallback
 
 # A loss is a sum of advantages of both signs and a KL is exp(d) - d - 1: what is left over of terms
 # near 1, each of them rounded to 1.2e-7 in fp32. This floor allows 5e-7 for them.
@@ -27,24 +28,7 @@ CLOCK = ("_time", "runtime", "per_second", "train_speed(s/it)")
 
 def checkpoint(folder: Path) -> Path:
     """The model, its tokenizer and sixteen prompts (`prompts.jsonl`) in a folder."""
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(VOCAB),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    qwen3_checkpoint(folder)
     rows = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in dataset(16)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

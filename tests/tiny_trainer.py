@@ -12,6 +12,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     TrainerCallback,
 )
 
@@ -56,6 +58,30 @@ def model(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
         **overrides,
     )
     return LlamaForCausalLM(config)
+
+
+def checkpoint(folder: Any, seed: int = 0, **overrides: Any) -> str:
+    """Two layers of width 32, tied to no embedding, saved where a reference can be read from."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=len(VOCAB),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        **overrides,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def dataset(rows: int = 8) -> list[dict[str, Any]]:

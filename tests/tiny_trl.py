@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_trainer import VOCAB, dataset, spread_reward, tokenizer
-from transformers import PrinterCallback, Qwen3Config, Qwen3ForCausalLM
+from tiny_trainer import VOCAB, dataset, spread_reward
+from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_fast.models import load_processing
@@ -22,30 +22,6 @@ COMPARED += ("clip_ratio/low_min", "clip_ratio/high_max", "vespo/phi_seq_mean", 
 # A loss is a sum of advantages of both signs and a KL is exp(d) - d - 1: what is left over of terms
 # near 1, each of them rounded to 1.2e-7 in fp32. This floor allows 5e-7 for them.
 FLOOR = 5e-2
-
-
-def checkpoint(folder: Any, seed: int = 0, **overrides: Any) -> str:
-    """Two layers of width 32, tied to no embedding, saved where a reference can be read from."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(VOCAB),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        **overrides,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 def settings(**overrides: Any) -> dict[str, Any]:
