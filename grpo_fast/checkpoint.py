@@ -31,6 +31,10 @@ _VOLATILE = (
 )
 
 
+# keys that 0.1.0 before 2026-11-27 wrote beside the fields that they were made of
+_DERIVED = ("loss.text",)
+
+
 def rank_file(rank: int, suffix: str) -> str:
     """Name of a rank's own file: `json` for counters, `safetensors` for the window."""
     return f"grpo_fast_rank{rank}.{suffix}"
@@ -185,8 +189,11 @@ def newest(output_dir: str) -> tuple[Path, list[str]]:
     raise ValueError(f"resume_from_checkpoint: nothing to resume in {output_dir}: {listing}.")
 
 
-def check(folder: Path, fingerprint: dict[str, Any]) -> None:
+def check(folder: Path, fingerprint: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Refuse a checkpoint that is incomplete or comes from another configuration.
+
+    Args:
+        defaults: the value of a key that a checkpoint lacks, because it is older than the option.
 
     Raises:
         ValueError: naming the folder and the reason, or every differing key with both values.
@@ -197,6 +204,9 @@ def check(folder: Path, fingerprint: dict[str, Any]) -> None:
     stored = json.loads((folder / MARKER).read_text(encoding="utf-8"))["fingerprint"]
     # through JSON, as the stored one went: tuples become lists
     current = json.loads(json.dumps(fingerprint))
+    defaults = json.loads(json.dumps(defaults))
+    stored = {k: v for k, v in stored.items() if k not in _DERIVED}
+    stored = {**{k: v for k, v in defaults.items() if k in current}, **stored}
     keys = [k for k in (stored | current) if stored.get(k) != current.get(k)]
     if keys:
         listing = ", ".join(f"{k} was {stored.get(k)!r}, is {current.get(k)!r}" for k in keys)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .handover import once
 from .inputs import fail
 
 
@@ -35,7 +35,7 @@ class _Gather(torch.autograd.Function):
         return shard.full_tensor()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad):
         from torch.distributed.tensor import DTensor, Partial
 
@@ -55,7 +55,7 @@ class _Whole(torch.autograd.Function):
         return parameter.data
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad):
         return grad
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .backend import Backend
 from .gathering import Source, gathered, is_dtensor, is_zero3
@@ -190,7 +191,8 @@ def place(
 
     Raises:
         ValueError: an argument that differs between the ranks of tp_group (on all of them, after
-            one small all-gather), or that cannot be gathered; it is named.
+            one small all-gather, in the first call of its shapes), or that cannot be gathered; it
+            is named.
     """
     if is_dtensor(hidden):
         fail("hidden", "a plain tensor (hidden.to_local() or .full_tensor())", "a DTensor")
@@ -200,11 +202,13 @@ def place(
         return Placement(found[0][0], found[1][0], None, sources)
     if not isinstance(tp_group, dist.ProcessGroup):
         fail("tp_group", "a torch.distributed.ProcessGroup that this process is in", repr(tp_group))
+    owner = getattr(weight, "_base", None)
+    owner = weight if owner is None else owner
     weight, bias = _local("weight", weight, tp_group), _local("bias", bias, tp_group)
     for name, value in (("hidden", hidden), ("weight", weight)):
         if not isinstance(value, Tensor):
             fail(name, "a tensor", type(value).__name__)
-    shard = _agree(tp_group, hidden, weight, bias, workspace_bytes, replicated)
+    shard = _agreed(owner, tp_group, hidden, weight, bias, workspace_bytes, replicated)
     if shard.empty and weight.dim() == 2:
         # products and checks want a row, and this rank has to take part in every collective
         weight = torch.nn.functional.pad(weight, (0, 0, 0, 1))
@@ -240,6 +244,37 @@ def _fingerprint(value: object, mask: object = None) -> list[Tensor | int]:
     bits = flat.double().view(torch.int64) if flat.is_floating_point() else flat.long()
     odd = torch.arange(1, 2 * flat.numel(), 2, device=flat.device) * 0x9E3779B97F4A7C1
     return [flat.numel(), (bits * odd).sum()]
+
+
+# weight (or what it is a view of) -> what the ranks agreed on, by group and shapes of the call.
+# By the weight, because two heads may have as many rows here and unequally many elsewhere.
+_AGREED = WeakIdKeyDictionary()
+# Packed batches have another N in every call: the table starts anew, on every rank at once.
+MOST_AGREED = 1024
+
+
+def _kind(value: object) -> object:
+    """What the ranks know of an argument without a look at its values."""
+    if not isinstance(value, Tensor):
+        return value if value is None or isinstance(value, int) else type(value)
+    return tuple(value.shape), value.dtype, value.device, value.requires_grad
+
+
+def _agreed(owner, group, hidden, weight, bias, workspace_bytes, replicated) -> VocabularyShard:
+    """`_agree` in the first call of these shapes; later ones neither hash nor wait for a value.
+
+    A mistake of the caller's, such as a batch that is not replicated, shows in the first call.
+    """
+    known = _AGREED.setdefault(owner, {})
+    given = (hidden, weight, bias, workspace_bytes, *replicated.values())
+    key = (id(group), group.group_name, torch.is_grad_enabled(), *map(_kind, given))
+    if key not in known:
+        shard = _agree(group, hidden, weight, bias, workspace_bytes, replicated)
+        if len(known) >= MOST_AGREED:
+            known.clear()
+        # without the group, which the table must not keep alive
+        known[key] = {k: v for k, v in vars(shard).items() if k != "group"}
+    return VocabularyShard(group, **known[key])
 
 
 def _agree(group, hidden, weight, bias, workspace_bytes, replicated) -> VocabularyShard:

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import inputs
 from .batch import Batch, prepare
 from .config import LossConfig
+from .handover import once
 from .terms import Terms, evaluate
 
 
@@ -42,7 +42,7 @@ class _TokenLosses(torch.autograd.Function):
         return terms.loss, *kept, clipped
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, upstream: Tensor, *_) -> tuple[Tensor, None]:
         mask = ctx.batch.rows.mask
         weights = torch.where(mask, upstream, torch.zeros_like(upstream))

@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ class RolloutTrainer(Trainer):
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued."""
-        loss = {f"loss.{k}": v for k, v in vars(self.loss_config).items()}
+        loss = {f"loss.{k}": v for k, v in asdict(self.loss_config).items()}
         settings = {name: getattr(self.args, name) for name in _FINGERPRINT}
         return {
             **settings,
@@ -193,6 +194,15 @@ class RolloutTrainer(Trainer):
             "ranks": self.accelerator.num_processes,
             "rewards": [self.rewards.names, self.rewards.weights.tolist()],
         }
+
+    def _defaults(self) -> dict[str, Any]:
+        """What a checkpoint computed with where it is older than an option of the fingerprint."""
+        known = {
+            f.name: f.default
+            for f in fields(self.args)
+            if f.name in _FINGERPRINT and f.default is not MISSING
+        }
+        return {**known, **{f"loss.{f.name}": f.default for f in fields(self.loss_config)}}
 
     def _reset_run(self) -> None:
         self.window: list[MicroBatch] = []
@@ -221,7 +231,7 @@ class RolloutTrainer(Trainer):
                 logger.warning("resume_from_checkpoint: skipped %s", reason)
         else:
             folder = Path(resume_from_checkpoint)
-        checkpoint.check(folder, self.fingerprint())
+        checkpoint.check(folder, self.fingerprint(), self._defaults())
         self._load_run_state(folder)
         return super().train(str(folder), *args, **kwargs)
 

@@ -7,6 +7,7 @@ from loss_cases import make_case, relative
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, logprob, policy_loss
 from grpo_fast.reference import head_logits
+from grpo_fast.token_losses import token_losses
 
 DOUBLE = "does not support double backward"
 VERSION = "modified by an inplace operation"
@@ -52,6 +53,15 @@ def test_double_backward_says_that_there_is_none(name, weighted):
     factor = torch.tensor(2.0, requires_grad=weighted)
     with pytest.raises(RuntimeError, match=DOUBLE):
         torch.autograd.grad(value * factor, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_token_losses_have_no_double_backward_either(weighted):
+    logp = torch.full((2, 3), -1.5, requires_grad=True)
+    value = token_losses(logp, torch.tensor([1.0, -1.0]), old_logp=torch.full((2, 3), -1.4)).loss
+    factor = torch.tensor(2.0, requires_grad=weighted)
+    with pytest.raises(RuntimeError, match=DOUBLE):
+        torch.autograd.grad(value.sum() * factor, logp, create_graph=True)
 
 
 @pytest.mark.parametrize("name", ["linear_policy_loss", "policy_loss"])

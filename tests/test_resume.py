@@ -166,6 +166,32 @@ def test_a_checkpoint_of_another_configuration_is_refused(finished, change, keys
         assert key in str(error.value)
 
 
+def rewrite(folder, change):
+    """Edit the stored fingerprint of a checkpoint, as another version would have written it."""
+    marker = json.loads((folder / checkpoint.MARKER).read_text())
+    change(marker["fingerprint"])
+    checkpoint.write_json(folder / checkpoint.MARKER, marker)
+
+
+def test_a_checkpoint_older_than_an_option_had_its_default(finished, tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    shutil.copytree(Path(finished.args.output_dir) / "checkpoint-3", folder)
+
+    def older(stored):
+        assert "loss.text" not in stored
+        stored["loss.text"] = "what 0.1.0 wrote beside the fields"
+        del stored["loss.top_entropy_quantile"], stored["min_p"]
+
+    rewrite(folder, older)
+    run = build(tmp_path / "run")
+    run.train(str(folder))
+    assert run.state.global_step == finished.state.global_step
+    # what is not the default is another configuration
+    with pytest.raises(ValueError, match=r"min_p was None, is 0.5") as error:
+        build(tmp_path / "other", min_p=0.5).train(str(folder))
+    assert "quantile" not in str(error.value)
+
+
 def test_learning_rate_and_length_of_the_run_may_change(finished, tmp_path):
     run = build(tmp_path, max_steps=5, logging_steps=1)
     run.train(str(Path(finished.args.output_dir) / "checkpoint-3"))

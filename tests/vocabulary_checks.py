@@ -51,6 +51,16 @@ def edges(sizes: list[int], V: int, n: int) -> torch.Tensor:
     return torch.cat((known, torch.randint(V, (n,), generator=g)))[:n]
 
 
+def refused(error, what, function, *args, **kwargs):
+    """The call raises, and says so."""
+    try:
+        function(*args, **kwargs)
+    except error as e:
+        assert what in str(e), str(e)
+        return
+    raise AssertionError(f"nothing was raised about {what}")
+
+
 def replicated(tensor: torch.Tensor) -> None:
     """The same bits on every rank."""
     every = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -298,6 +308,36 @@ def policy_row_function_with_entropy_and_rollout():
     agree(terms[2], entropy.detach(), "entropy", 1e-12)
     agree(out[0], whole.grad[:, part], "dlogits", 1e-12)
     assert (out[0, 3] == 0).all()
+
+
+@check
+def arguments_are_compared_in_the_first_call_of_their_shapes():
+    """A later call makes the collectives of its statistics and no other, and has the same bits."""
+    V, group = 53, dist.group.WORLD
+    sizes = splits(V)["ragged"]
+    hidden, weight, bias = head(V, torch.float32)
+    ids, part = edges(sizes, V, hidden.shape[0]), mine(sizes)
+    gathers, real = [], dist.all_gather
+
+    def counting(out, value, **kwargs):
+        gathers.append(value.dtype)
+        return real(out, value, **kwargs)
+
+    def call(ids):
+        gathers.clear()
+        given = {"bias": bias[part], "tp_group": group}
+        return linear_logprob(hidden, weight[part], ids, **given).logp, list(gathers)
+
+    dist.all_gather = counting
+    try:
+        (first, before), (second, after) = call(ids), call(ids)
+        # another shape is another first call, on every rank, before it is refused
+        refused(ValueError, "ids: expected", call, ids[:, None])
+        other = list(gathers)
+    finally:
+        dist.all_gather = real
+    assert before == [torch.int64, torch.float32] and after == [torch.float32]
+    assert torch.equal(first, second) and other == [torch.int64]
 
 
 @check
