@@ -8,13 +8,13 @@ from torch import Tensor
 from . import inputs
 from .attach import Attach
 from .backend import Backend, select
-from .batch import Batch, objective_arguments, prepare, rollout_arguments
 from .config import LossConfig
 from .gradients import fp16_scale
 from .handover import apply, compilable, wanted
 from .metrics import summarize
-from .terms import TokenTerms, evaluate, named_terms
-from .terms import per_token as terms_of_tokens
+from .objective.batch import Batch, objective_arguments, prepare, rollout_arguments
+from .objective.terms import TokenTerms, evaluate, named_terms
+from .objective.terms import per_token as terms_of_tokens
 
 
 def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, options):

@@ -11,16 +11,16 @@ from torch import Tensor
 from . import inputs, routes
 from .attach import Attach
 from .backend import select
-from .batch import Batch, prepare
 from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
 from .config import LossConfig
 from .handover import apply, compilable, wanted
 from .logprob import head_stats
 from .metrics import summarize
+from .objective.batch import Batch, prepare
+from .objective.terms import TokenTerms
+from .objective.terms import per_token as terms_of_tokens
 from .parallel import Placement, place
 from .plan import Facts, Plan, choose
-from .terms import TokenTerms
-from .terms import per_token as terms_of_tokens
 
 
 def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .objectives import LOG_RATIO_LIMIT
-from .terms import Terms
+from .objective.batch import Batch
+from .objective.objectives import LOG_RATIO_LIMIT
+from .objective.terms import Terms
 
 COUNTS = ("tokens", "active_rows", "nonfinite_tokens", "clamped_ratios", "rollout_missing")
 

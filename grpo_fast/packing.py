@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo_fast.heads import Head, evaluating, innermost
-from grpo_fast.logprob import linear_logprob
-from grpo_fast.models import is_attached
+from .heads import Head, evaluating, innermost
+from .logprob import linear_logprob
+from .models import is_attached
 
 # Largest |difference| of hidden states, relative to the largest |hidden state|.
 _BOUNDS = {torch.float16: 2e-2, torch.bfloat16: 1e-1}

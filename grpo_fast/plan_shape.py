@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from .batch import needs_sequences
 from .chunks import COLUMNS_FIRST, chunk_size, round_up
 from .config import LEVELS, PRESETS, LossConfig
+from .objective.batch import needs_sequences
 from .plan import Facts, choose
 
 _EXAMPLES = """\

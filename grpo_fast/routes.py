@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .batch import Batch, objective_arguments, rollout_arguments
 from .chunks import Chunk, LinearHead, Needs
 from .gradients import HeadGradients, compact, fp16_scale
 from .logprob import head_gradients, head_stats
-from .terms import Terms, evaluate, named_terms
+from .objective.batch import Batch, objective_arguments, rollout_arguments
+from .objective.terms import Terms, evaluate, named_terms
 
 Gradients = list[Tensor | None]
 # rows of a chunk, their statistics (4, k) -> d loss / d logp and by the entropy, each (k,)

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from . import checkpoint, weights
+from . import checkpoint
 from .heads import evaluating
+from .objective import weights
 from .reporting import Metrics
 from .sampler import ShardSampler, WindowSampler, check_dataset
 

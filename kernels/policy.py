@@ -266,7 +266,7 @@ def policy(
             bytes as a narrower type.
         ids, advantages, weights, old_logp, ref_logp, active: (N,), N = B * T; floats are fp32.
         token_loss, objective, kl, kl_gradient, rollout_weight: functions of
-            `grpo_fast/objectives.py`.
+            `grpo_fast/objective/objectives.py`.
         parameters: the numbers of the objective.
         rollout_logp: (N,) fp32, NaN where there is none; needs rollout_weight, which gets old_logp
             (else the token's own logp) - rollout_logp, rollout_bounds and rollout_mask.

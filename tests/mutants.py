@@ -25,7 +25,7 @@ def _of(file: str, *errors: tuple[str, str, str, str]) -> list[Mutant]:
 
 MUTANTS = [
     *_of(
-        "grpo_fast/objectives.py",
+        "grpo_fast/objective/objectives.py",
         (
             "slope = m.where((plain > clipped) | (ratio > cap), 0.0, -ratio * advantage)",
             "slope = m.where((plain < clipped) | (ratio > cap), 0.0, -ratio * advantage)",
@@ -64,7 +64,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/levels.py",
+        "grpo_fast/objective/levels.py",
         (
             "spread(sequence_sum(by_ratio, bounds) / length, bounds, n)",
             "spread(sequence_sum(by_ratio, bounds), bounds, n)",
@@ -91,7 +91,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/corrections.py",
+        "grpo_fast/objective/corrections.py",
         (
             "total = total / sequence_sum(known.to(total.dtype), bounds).clamp(min=1.0)",
             "total = total * 1.0",
@@ -118,7 +118,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/terms.py",
+        "grpo_fast/objective/terms.py",
         (
             "torch.where(mask & ~dropped, -config.entropy_coef * weights, zero)",
             "torch.where(mask & ~dropped, config.entropy_coef * weights, zero)",
@@ -145,7 +145,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/weights.py",
+        "grpo_fast/objective/weights.py",
         (
             "weight = spread(1.0 / (lengths * total), bounds, mask.numel())",
             "weight = spread(1.0 / (lengths.mean() * total), bounds, mask.numel())",

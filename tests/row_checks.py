@@ -8,9 +8,10 @@ import math
 import torch
 from loss_cases import relative
 
-from grpo_fast import objectives, torch_backend
+from grpo_fast import torch_backend
 from grpo_fast.backend import select
 from grpo_fast.config import KL_ESTIMATORS, OBJECTIVES
+from grpo_fast.objective import objectives
 
 B, T, V = 3, 7, 83
 SCALE = 1.3

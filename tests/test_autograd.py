@@ -6,8 +6,8 @@ import torch
 from loss_cases import make_case, relative
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, logprob, policy_loss
+from grpo_fast.objective.token_losses import token_losses
 from grpo_fast.reference import head_logits
-from grpo_fast.token_losses import token_losses
 
 DOUBLE = "does not support double backward"
 VERSION = "modified by an inplace operation"

@@ -8,7 +8,7 @@ from test_bad_input import BAD, CONFIGS, NAN, no_kernels, with_id
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, logprob, policy_loss
 from grpo_fast.advantages import group_advantages
-from grpo_fast.weights import count
+from grpo_fast.objective.weights import count
 
 __all__ = ["no_kernels"]
 HALF = {"config": LossConfig(top_entropy_quantile=0.5)}

@@ -7,7 +7,7 @@ from loss_cases import configurations, make_case, preset_config, relative
 from test_waits import accelerator, tight  # noqa: F401
 
 from grpo_fast import linear_policy_loss, policy_loss, reference
-from grpo_fast.terms import TokenTerms
+from grpo_fast.objective.terms import TokenTerms
 
 BOUND = 2e-5
 

@@ -21,7 +21,7 @@ from grpo_fast import PRESETS, LossConfig, linear_logprob, linear_policy_loss, p
 from grpo_fast.backend import select
 from grpo_fast.chunks import FIXED_BYTES, LinearHead
 from grpo_fast.logprob import head_stats
-from grpo_fast.weights import count
+from grpo_fast.objective.weights import count
 
 
 def small_workspace(V: int, H: int, rows: int = 16) -> int:

@@ -5,7 +5,7 @@ import torch
 from loss_cases import configurations, make_case, relative
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, reference
-from grpo_fast.token_losses import token_losses
+from grpo_fast.objective.token_losses import token_losses
 
 BOUND = 2e-5
 

@@ -10,8 +10,8 @@ from loss_cases import make_case, preset_config, relative
 
 from grpo_fast import PRESETS, LossConfig, linear_logprob, linear_policy_loss, logprob, policy_loss
 from grpo_fast.chunks import COLUMNS_FIRST, FIXED_BYTES
+from grpo_fast.objective.token_losses import token_losses
 from grpo_fast.reference import head_logits
-from grpo_fast.token_losses import token_losses
 
 GIVEN = ("", "old", "old ref", "rollout", "old rollout ref")
 CAPACITY = 20

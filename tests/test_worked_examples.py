@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from grpo_fast import LossConfig, objectives, policy_loss
+from grpo_fast import LossConfig, policy_loss
 from grpo_fast.advantages import leave_one_out_advantages
+from grpo_fast.objective import objectives
 
 # the DAPO example: four tokens, advantage 0.6
 LOGP = [-2.1, -1.8, -0.5, -1.2]

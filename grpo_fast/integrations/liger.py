@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import LossConfig
-from ..inputs import fail
-from ..logprob import linear_logprob
-from ..loss import linear_policy_loss
+from grpo_fast.config import LossConfig
+from grpo_fast.inputs import fail
+from grpo_fast.logprob import linear_logprob
+from grpo_fast.loss import linear_policy_loss
+
 from .liger_config import denominator, loss_config
 from .liger_logits import triton_grpo_loss
 from .names import renamed

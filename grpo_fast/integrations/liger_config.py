@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..config import LossConfig
-from ..inputs import fail
+from grpo_fast.config import LossConfig
+from grpo_fast.inputs import fail
+
 from .names import owned
 from .rollout_ratio import tokens_per_rank
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from grpo_fast import linear_logprob
 from grpo_fast.heads import Head
 from grpo_fast.inputs import fail
-from grpo_fast.integrations.openrlhf_head import check_engine, headless
+
+from .openrlhf_head import check_engine, headless
 
 __all__ = ["TESTED", "install", "uninstall"]
 
@@ -24,7 +25,7 @@ try:
     from openrlhf.models import Actor, PolicyLoss
     from openrlhf.models.ring_attn_utils import gather_and_pad_tensor, unpad_and_slice_tensor
 
-    from grpo_fast.integrations.openrlhf_loss import chosen
+    from .openrlhf_loss import chosen
 
     _VERSION = metadata.version("openrlhf")
 except (ImportError, AttributeError) as error:

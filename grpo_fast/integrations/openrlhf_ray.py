@@ -72,7 +72,7 @@ def _options() -> dict[str, Any]:
 
 
 def _install(options: dict[str, Any]) -> None:
-    from grpo_fast.integrations.openrlhf import install
+    from .openrlhf import install
 
     install(**options)
 

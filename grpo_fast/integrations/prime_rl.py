@@ -21,9 +21,10 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.inputs import check_tensor, fail
-from grpo_fast.integrations.names import check_options, renamed
 from grpo_fast.logprob import linear_logprob
-from grpo_fast.token_losses import token_losses
+from grpo_fast.objective.token_losses import token_losses
+
+from .names import check_options, renamed
 
 __all__ = ["patch_prime_rl", "policy_loss", "unpatch_prime_rl"]
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from grpo_fast import linear_logprob
-from grpo_fast.integrations.liger import LigerFusedLinearGRPOLoss
 from grpo_fast.models import attach, find_head, is_attached
+
+from .liger import LigerFusedLinearGRPOLoss
 
 __all__ = ["TESTED", "patch_swift", "unpatch_swift"]
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from grpo_fast import linear_policy_loss
-from grpo_fast.integrations import trl_metrics, trl_options
-from grpo_fast.integrations.trl_logprob import GRPOTrainer, patch_trl, unpatch_trl
 from grpo_fast.models import attach
-from grpo_fast.terms import TokenTerms
+from grpo_fast.objective.terms import TokenTerms
+
+from . import trl_metrics, trl_options
+from .trl_logprob import GRPOTrainer, patch_trl, unpatch_trl
 
 __all__ = ["FastGRPOTrainer", "patch_trl", "unpatch_trl"]
 

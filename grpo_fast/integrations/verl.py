@@ -17,12 +17,9 @@ from torch import nn
 
 from grpo_fast.config import PRESETS
 from grpo_fast.heads import check_head, find_head
-from grpo_fast.integrations.verl_head import (
-    FusedLinearForPPO,
-    fused_forward,
-    linear_cross_entropy,
-)
-from grpo_fast.integrations.verl_losses import WORKS, register, registered, unregister
+
+from .verl_head import FusedLinearForPPO, fused_forward, linear_cross_entropy
+from .verl_losses import WORKS, register, registered, unregister
 
 __all__ = ["patch_verl", "register", "registered", "unpatch_verl"]
 

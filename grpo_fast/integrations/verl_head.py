@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grpo_fast.heads import backbone, find_head
-from grpo_fast.integrations.names import renamed
-from grpo_fast.integrations.verl_losses import WORKS
 from grpo_fast.logprob import linear_logprob
+
+from .names import renamed
+from .verl_losses import WORKS
 
 try:
     from verl.models.transformers.dense_common import CausalLMOutputForPPO

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..config import nearest
+from grpo_fast.config import nearest
+
 from .checks import check_kinds, check_values, check_weights
 
 if TYPE_CHECKING:

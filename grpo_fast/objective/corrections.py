@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import LossConfig
+from grpo_fast.config import LossConfig
+
 from .objectives import rollout_weight
 from .weights import sequence_sum, spread
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .config import AGGREGATIONS, LossConfig
+from grpo_fast.config import AGGREGATIONS, LossConfig
 
 
 def boundaries(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:

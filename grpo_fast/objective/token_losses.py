@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import inputs
+from grpo_fast import inputs
+from grpo_fast.config import LossConfig
+from grpo_fast.handover import once
+
 from .batch import Batch, prepare
-from .config import LossConfig
-from .handover import once
 from .terms import Terms, evaluate
 
 

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast.config import LossConfig
+
 from . import corrections, objectives
 from .batch import Batch, objective_arguments
-from .config import LossConfig
 from .levels import lift
 from .objectives import LOG_RATIO_LIMIT
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import inputs, objectives
-from .config import OBJECTIVES, LossConfig
+from grpo_fast import inputs
+from grpo_fast.config import OBJECTIVES, LossConfig
+from grpo_fast.inputs import Rows
+
+from . import objectives
 from .corrections import rollout_bounds, rollout_factor, scaled
-from .inputs import Rows
 from .weights import boundaries, sequence_sum, spread, token_weights
 
 
