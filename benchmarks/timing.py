@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from grpo_fast import reference
-from grpo_fast.chunks import release_workspace
+from grpo_fast.engine.chunks import release_workspace
 
 # Relative L2 distance from float64 up to which a result counts as right. In fp32 1 - p of a likely
 # token cancels in plain torch, which costs it 3e-5 of the gradient on peaked logits; bf16 logits

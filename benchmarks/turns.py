@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
-from grpo_fast.chunks import release_workspace
+from grpo_fast.engine.chunks import release_workspace
 
 
 class _Closed(Exception):

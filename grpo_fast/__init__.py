@@ -17,8 +17,8 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir():
 # `ops` and `logprob_ops` are there for what torch.compile finds in them.
 from . import logprob_ops, ops  # noqa: F401
 from .config import PRESETS, LossConfig
+from .engine.logprob import LogProbs, linear_logprob, logprob
 from .logits_loss import policy_loss
-from .logprob import LogProbs, linear_logprob, logprob
 from .loss import linear_policy_loss
 
 __all__ = [

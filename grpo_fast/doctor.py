@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import PRESETS, LossConfig, __version__, linear_policy_loss, reference
-from .backend import explain
+from .engine.backend import explain
 
 # what each package is for, and the oldest version that works
 _PACKAGES = {

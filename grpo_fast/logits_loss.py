@@ -7,10 +7,10 @@ from torch import Tensor
 
 from . import inputs
 from .attach import Attach
-from .backend import Backend, select
 from .config import LossConfig
-from .gradients import fp16_scale
-from .handover import apply, compilable, wanted
+from .engine.backend import Backend, select
+from .engine.gradients import fp16_scale
+from .engine.handover import apply, compilable, wanted
 from .metrics import summarize
 from .objective.batch import Batch, objective_arguments, prepare, rollout_arguments
 from .objective.terms import TokenTerms, evaluate, named_terms

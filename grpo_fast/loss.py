@@ -10,16 +10,16 @@ from torch import Tensor
 
 from . import inputs, routes
 from .attach import Attach
-from .backend import select
-from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
 from .config import LossConfig
-from .handover import apply, compilable, wanted
-from .logprob import head_stats
+from .engine.backend import select
+from .engine.chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
+from .engine.handover import apply, compilable, wanted
+from .engine.logprob import head_stats
+from .engine.parallel import Placement, place
 from .metrics import summarize
 from .objective.batch import Batch, prepare
 from .objective.terms import TokenTerms
 from .objective.terms import per_token as terms_of_tokens
-from .parallel import Placement, place
 from .plan import Facts, Plan, choose
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import metrics
 from .config import LossConfig
-from .handover import TRACED, handed_over
+from .engine.handover import TRACED, handed_over
 from .logits_loss import policy_loss as eager_logits
 from .loss import linear_policy_loss as eager_linear
 from .tracing import (

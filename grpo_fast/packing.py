@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .engine.logprob import linear_logprob
 from .heads import Head, evaluating, innermost
-from .logprob import linear_logprob
 from .models import is_attached
 
 # Largest |difference| of hidden states, relative to the largest |hidden state|.

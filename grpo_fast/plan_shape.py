@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from .chunks import COLUMNS_FIRST, chunk_size, round_up
 from .config import LEVELS, PRESETS, LossConfig
+from .engine.chunks import COLUMNS_FIRST, chunk_size, round_up
 from .objective.batch import needs_sequences
 from .plan import Facts, choose
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .chunks import Chunk, LinearHead, Needs
-from .gradients import HeadGradients, compact, fp16_scale
-from .logprob import head_gradients, head_stats
+from .engine.chunks import Chunk, LinearHead, Needs
+from .engine.gradients import HeadGradients, compact, fp16_scale
+from .engine.logprob import head_gradients, head_stats
 from .objective.batch import Batch, objective_arguments, rollout_arguments
 from .objective.terms import Terms, evaluate, named_terms
 

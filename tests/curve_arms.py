@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, reference
-from grpo_fast.chunks import FIXED_BYTES
+from grpo_fast.engine.chunks import FIXED_BYTES
 
 # 64 rows of 200 fp32 logits: the 1,024 rows of a step go in 16 chunks
 WORKSPACE = FIXED_BYTES + (128 << 10)

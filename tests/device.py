@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from grpo_fast import torch_backend
-from grpo_fast.backend import Backend
+from grpo_fast.engine import torch_backend
+from grpo_fast.engine.backend import Backend
 
 aten = torch.ops.aten
 DEVICE = torch.device("meta")

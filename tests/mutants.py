@@ -223,7 +223,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/chunks.py",
+        "grpo_fast/engine/chunks.py",
         (
             "place = slice(start, stop) if index is None else index[start:stop]",
             "place = slice(start, stop) if index is None else index[: stop - start]",
@@ -232,7 +232,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/gradients.py",
+        "grpo_fast/engine/gradients.py",
         (
             "grad.zero_()",
             "grad.mul_(1.0)",
@@ -253,7 +253,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/gemm.py",
+        "grpo_fast/engine/gemm.py",
         (
             "            out.zero_()\n",
             "            out.mul_(1.0)\n",
@@ -268,7 +268,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/logprob.py",
+        "grpo_fast/engine/logprob.py",
         (
             "stats[:, index] = compact",
             "stats[:, :n] = compact",
@@ -295,7 +295,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/torch_backend.py",
+        "grpo_fast/engine/torch_backend.py",
         (
             "torch.mul(p, (by_p * norm * inner)[:, None], out=grad)",
             "torch.mul(p, 0.0, out=grad)",

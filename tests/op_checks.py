@@ -16,7 +16,7 @@ from grpo_fast import (
     policy_loss,
     reference,
 )
-from grpo_fast.chunks import FIXED_BYTES
+from grpo_fast.engine.chunks import FIXED_BYTES
 
 
 def generator(seed: int) -> torch.Generator:

@@ -10,7 +10,7 @@ from correction_checks import CORRECTIONS, correction_case, make_extras, packed
 from loss_cases import preset_config, relative
 
 from grpo_fast import linear_policy_loss, policy_loss, reference
-from grpo_fast.chunks import FIXED_BYTES
+from grpo_fast.engine.chunks import FIXED_BYTES
 
 HEAD = {"softcap": 8.0, "logit_scale": 0.9}
 CHUNK = 16

@@ -11,7 +11,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from grpo_fast import LossConfig, chunks
+from grpo_fast import LossConfig
+from grpo_fast.engine import chunks
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MASK_DTYPES = {"bool": torch.bool, "int": torch.int64, "float": torch.float32, "uint8": torch.uint8}

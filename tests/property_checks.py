@@ -21,7 +21,7 @@ from property_cases import Call, Tensors, build, small_accelerator
 from torch import Tensor
 
 import grpo_fast
-from grpo_fast.chunks import LinearHead
+from grpo_fast.engine.chunks import LinearHead
 
 BOUND = 2e-5
 ROUNDING = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}

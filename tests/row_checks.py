@@ -8,9 +8,9 @@ import math
 import torch
 from loss_cases import relative
 
-from grpo_fast import torch_backend
-from grpo_fast.backend import select
 from grpo_fast.config import KL_ESTIMATORS, OBJECTIVES
+from grpo_fast.engine import torch_backend
+from grpo_fast.engine.backend import select
 from grpo_fast.objective import objectives
 
 B, T, V = 3, 7, 83

@@ -18,8 +18,8 @@ def no_kernels(monkeypatch):
         raise AssertionError("work began before the arguments were checked")
 
     for name in ("logprob_fwd", "logprob_bwd", "policy"):
-        monkeypatch.setattr(f"grpo_fast.torch_backend.{name}", refuse)
-    monkeypatch.setattr("grpo_fast.gemm.project", refuse)
+        monkeypatch.setattr(f"grpo_fast.engine.torch_backend.{name}", refuse)
+    monkeypatch.setattr("grpo_fast.engine.gemm.project", refuse)
 
 
 def arguments(**changes):
@@ -181,7 +181,7 @@ def test_cispo_without_a_bound_warns():
 
 
 def test_backend_choice(monkeypatch):
-    from grpo_fast.backend import explain, select
+    from grpo_fast.engine.backend import explain, select
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("GRPO_FAST_BACKEND", "cuda")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_fast.chunks import DEFAULT_WORKSPACE
+from grpo_fast.engine.chunks import DEFAULT_WORKSPACE
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -7,7 +7,8 @@ import platform
 import pytest
 import torch
 
-from grpo_fast import __version__, backend, cli, doctor, linear_policy_loss
+from grpo_fast import __version__, cli, doctor, linear_policy_loss
+from grpo_fast.engine import backend
 
 
 def test_report(capsys):

@@ -32,8 +32,9 @@ from op_checks import (
     check_transforms,
 )
 
-from grpo_fast import LossConfig, chunks, linear_logprob, linear_policy_loss, logprob
-from grpo_fast.backend import select
+from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, logprob
+from grpo_fast.engine import chunks
+from grpo_fast.engine.backend import select
 
 REHEARSAL = os.environ.get("GRPO_FAST_REHEARSAL") == "1"
 pytestmark = [] if REHEARSAL else pytest.mark.gpu

@@ -5,7 +5,7 @@ import torch
 from test_models import lora
 from tiny import tiny
 
-from grpo_fast.logprob import linear_logprob
+from grpo_fast.engine.logprob import linear_logprob
 from grpo_fast.models import attach, find_head
 
 

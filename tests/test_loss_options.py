@@ -13,7 +13,8 @@ from option_checks import (
     check_skip,
 )
 
-from grpo_fast import PRESETS, chunks
+from grpo_fast import PRESETS
+from grpo_fast.engine import chunks
 from grpo_fast.plan import ROUTES
 
 LEVELS = [(name, level) for name, p in PRESETS.items() for level in p.levels or (None,)]

@@ -5,9 +5,10 @@ import pytest
 import torch
 from loss_cases import make_case, preset_config, relative, truth
 
-from grpo_fast import chunks, linear_logprob, linear_policy_loss
-from grpo_fast.chunks import FIXED_BYTES
-from grpo_fast.gradients import HeadGradients
+from grpo_fast import linear_logprob, linear_policy_loss
+from grpo_fast.engine import chunks
+from grpo_fast.engine.chunks import FIXED_BYTES
+from grpo_fast.engine.gradients import HeadGradients
 
 
 def call(case, loss_type="dapo", **more):

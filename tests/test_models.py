@@ -13,7 +13,7 @@ import transformers as tf
 from tiny import tiny
 from torch import nn
 
-from grpo_fast.logprob import linear_logprob
+from grpo_fast.engine.logprob import linear_logprob
 from grpo_fast.models import (
     Head,
     ReferencePolicy,

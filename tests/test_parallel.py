@@ -12,8 +12,9 @@ import ranks
 import torch
 import vocabulary_checks
 
-from grpo_fast import linear_logprob, linear_policy_loss, reference, torch_backend
-from grpo_fast.parallel import merge_stats
+from grpo_fast import linear_logprob, linear_policy_loss, reference
+from grpo_fast.engine import torch_backend
+from grpo_fast.engine.parallel import merge_stats
 
 
 @pytest.fixture(scope="module", params=(2, 4))

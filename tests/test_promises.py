@@ -18,9 +18,9 @@ from op_checks import (
 )
 
 from grpo_fast import PRESETS, LossConfig, linear_logprob, linear_policy_loss, policy_loss
-from grpo_fast.backend import select
-from grpo_fast.chunks import FIXED_BYTES, LinearHead
-from grpo_fast.logprob import head_stats
+from grpo_fast.engine.backend import select
+from grpo_fast.engine.chunks import FIXED_BYTES, LinearHead
+from grpo_fast.engine.logprob import head_stats
 from grpo_fast.objective.weights import count
 
 

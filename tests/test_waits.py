@@ -9,7 +9,7 @@ from device import Device, OnDevice, kernels, to_device
 from loss_cases import make_case, preset_config, relative
 
 from grpo_fast import PRESETS, LossConfig, linear_logprob, linear_policy_loss, logprob, policy_loss
-from grpo_fast.chunks import COLUMNS_FIRST, FIXED_BYTES
+from grpo_fast.engine.chunks import COLUMNS_FIRST, FIXED_BYTES
 from grpo_fast.objective.token_losses import token_losses
 from grpo_fast.reference import head_logits
 
@@ -20,7 +20,7 @@ CAPACITY = 20
 @pytest.fixture(autouse=True)
 def accelerator(monkeypatch):
     """Calls with tensors of the device use kernels; the others do what they always do."""
-    from grpo_fast import backend
+    from grpo_fast.engine import backend
 
     def select(device):
         return kernels(device) if torch.device(device).type == "meta" else backend.select(device)

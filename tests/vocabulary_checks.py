@@ -6,9 +6,10 @@ import torch
 import torch.distributed as dist
 from loss_cases import make_case, relative
 
-from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, parallel, reference
-from grpo_fast.backend import select
-from grpo_fast.chunks import FIXED_BYTES
+from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, reference
+from grpo_fast.engine import parallel
+from grpo_fast.engine.backend import select
+from grpo_fast.engine.chunks import FIXED_BYTES
 from grpo_fast.objective import objectives
 
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-12}

@@ -20,7 +20,8 @@ from deepspeed.utils import safe_get_full_grad
 from gather_checks import Tiny, fsdp_case, refused
 from vocabulary_checks import agree
 
-from grpo_fast import gathering, linear_logprob, linear_policy_loss
+from grpo_fast import linear_logprob, linear_policy_loss
+from grpo_fast.engine import gathering
 
 CHECKS = []
 BOUND = 1e-6

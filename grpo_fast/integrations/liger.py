@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
+from grpo_fast.engine.logprob import linear_logprob
 from grpo_fast.inputs import fail
-from grpo_fast.logprob import linear_logprob
 from grpo_fast.loss import linear_policy_loss
 
 from .liger_config import denominator, loss_config

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from grpo_fast.engine.logprob import linear_logprob
 from grpo_fast.heads import backbone, find_head
-from grpo_fast.logprob import linear_logprob
 
 from .names import renamed
 from .verl_losses import WORKS

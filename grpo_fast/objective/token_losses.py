@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_fast import inputs
 from grpo_fast.config import LossConfig
-from grpo_fast.handover import once
+from grpo_fast.engine.handover import once
 
 from .batch import Batch, prepare
 from .terms import Terms, evaluate

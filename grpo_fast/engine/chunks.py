@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast.inputs import fail
+
 from . import gemm
 from .backend import Backend
-from .inputs import fail
 from .parallel import VocabularyShard
 
 # Rows of a GEMM are padded to a multiple of this. MKL switches kernels, and with them the order of

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import gemm, inputs
+from grpo_fast import inputs
+from grpo_fast.inputs import Rows
+
+from . import gemm
 from .backend import select
 from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
 from .gradients import HeadGradients, fp16_scale
 from .handover import apply, compilable, once
-from .inputs import Rows
 from .parallel import place
 
 

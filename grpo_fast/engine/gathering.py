@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_fast.inputs import fail
+
 from .handover import once
-from .inputs import fail
 
 
 def is_dtensor(value: object) -> bool:

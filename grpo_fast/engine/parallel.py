@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from grpo_fast.inputs import FLOATS, fail
+
 from .backend import Backend
 from .gathering import Source, gathered, is_dtensor, is_zero3
-from .inputs import FLOATS, fail
 from .torch_backend import token_terms, without_gradient
 
 
