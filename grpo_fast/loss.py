@@ -20,7 +20,7 @@ from .metrics import summarize
 from .objective.batch import Batch, prepare
 from .objective.terms import TokenTerms
 from .objective.terms import per_token as terms_of_tokens
-from .plan import Facts, Plan, choose
+from .plan.route import Facts, Plan, choose
 
 
 def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:

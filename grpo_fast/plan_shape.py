@@ -8,7 +8,7 @@ from dataclasses import fields
 from .config import LEVELS, PRESETS, LossConfig
 from .engine.chunks import COLUMNS_FIRST, chunk_size, round_up
 from .objective.batch import needs_sequences
-from .plan import Facts, choose
+from .plan.route import Facts, choose
 
 _EXAMPLES = """\
 examples:

@@ -208,7 +208,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/plan.py",
+        "grpo_fast/plan/route.py",
         (
             "fits = f.longest is not None and f.longest <= f.chunk_rows",
             "fits = f.longest is not None",

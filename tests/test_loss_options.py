@@ -15,7 +15,7 @@ from option_checks import (
 
 from grpo_fast import PRESETS
 from grpo_fast.engine import chunks
-from grpo_fast.plan import ROUTES
+from grpo_fast.plan.route import ROUTES
 
 LEVELS = [(name, level) for name, p in PRESETS.items() for level in p.levels or (None,)]
 TRAINED = [

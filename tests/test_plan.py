@@ -3,7 +3,7 @@
 import pytest
 
 from grpo_fast.cli import main
-from grpo_fast.plan import ROUTES, Facts, choose
+from grpo_fast.plan.route import ROUTES, Facts, choose
 
 BASE = {
     "n_rows": 1200,
