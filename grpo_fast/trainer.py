@@ -18,7 +18,7 @@ from transformers import (
 
 from .advantages import advantages_of
 from .heads import evaluating
-from .loss import linear_policy_loss
+from .loss.linear import linear_policy_loss
 from .models import ReferencePolicy, attach
 from .packing import PackedBatch, check_packing, completion_logprobs, default_row_length, pack
 from .reporting import (

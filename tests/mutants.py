@@ -166,7 +166,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/metrics.py",
+        "grpo_fast/loss/metrics.py",
         (
             "(terms.ratio < bounds[0]) & (terms.advantage < 0)",
             "(terms.ratio < bounds[0]) & (terms.advantage > 0)",
@@ -181,7 +181,7 @@ MUTANTS = [
         ),
     ),
     *_of(
-        "grpo_fast/routes.py",
+        "grpo_fast/loss/routes.py",
         (
             "sizes = sizes - sizes[0]",
             "sizes = sizes[[0, -1]] - sizes[0]",

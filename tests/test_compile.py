@@ -7,16 +7,16 @@ import torch
 from loss_cases import make_case
 from torch._dynamo.backends.debugging import aot_eager
 
-import grpo_fast.ops  # noqa: F401
+import grpo_fast.loss.compiled  # noqa: F401
 from grpo_fast import (
     LossConfig,
     linear_logprob,
     linear_policy_loss,
     logprob,
-    metrics,
     policy_loss,
     reference,
 )
+from grpo_fast.loss import metrics
 
 OPS = torch.ops.grpo_fast
 LORA_RANK = 3

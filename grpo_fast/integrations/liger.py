@@ -12,7 +12,7 @@ from torch import Tensor
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.logprob import linear_logprob
 from grpo_fast.inputs import fail
-from grpo_fast.loss import linear_policy_loss
+from grpo_fast.loss.linear import linear_policy_loss
 
 from .liger_config import denominator, loss_config
 from .liger_logits import triton_grpo_loss

@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 from grpo_fast.engine.logprob import logprob
 from grpo_fast.inputs import check_logits, check_tensor, describe, fail, flat_mask
-from grpo_fast.logits_loss import policy_loss
+from grpo_fast.loss.logits import policy_loss
 from grpo_fast.objective.token_losses import token_losses
 
 from .liger_config import denominator, loss_config

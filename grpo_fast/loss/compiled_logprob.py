@@ -6,12 +6,13 @@ Forward and backward are one op each, and run the functions of `logprob.py` as t
 import torch
 from torch import Tensor
 
-from .engine.backend import select
-from .engine.chunks import Needs, autocast_dtype
-from .engine.handover import TRACED, Handover, handed_over
-from .engine.logprob import LogProbs, _LinearLogProb, _LogProb
-from .engine.logprob import linear_logprob as eager_linear
-from .engine.logprob import logprob as eager_logits
+from grpo_fast.engine.backend import select
+from grpo_fast.engine.chunks import Needs, autocast_dtype
+from grpo_fast.engine.handover import TRACED, Handover, handed_over
+from grpo_fast.engine.logprob import LogProbs, _LinearLogProb, _LogProb
+from grpo_fast.engine.logprob import linear_logprob as eager_linear
+from grpo_fast.engine.logprob import logprob as eager_logits
+
 from .tracing import (
     OptDtype,
     OptFloat,

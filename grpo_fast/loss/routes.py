@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .engine.chunks import Chunk, LinearHead, Needs
-from .engine.gradients import HeadGradients, compact, fp16_scale
-from .engine.logprob import head_gradients, head_stats
-from .objective.batch import Batch, objective_arguments, rollout_arguments
-from .objective.terms import Terms, evaluate, named_terms
+from grpo_fast.engine.chunks import Chunk, LinearHead, Needs
+from grpo_fast.engine.gradients import HeadGradients, compact, fp16_scale
+from grpo_fast.engine.logprob import head_gradients, head_stats
+from grpo_fast.objective.batch import Batch, objective_arguments, rollout_arguments
+from grpo_fast.objective.terms import Terms, evaluate, named_terms
 
 Gradients = list[Tensor | None]
 # rows of a chunk, their statistics (4, k) -> d loss / d logp and by the entropy, each (k,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .engine.handover import once
+from grpo_fast.engine.handover import once
 
 
 class Attach(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.types import Number
 
-from . import inputs
+from grpo_fast import inputs
 
 # the spelling of an optional argument from which every torch.library reads a schema
 OptTensor = Optional[Tensor]  # noqa: UP045

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import inputs
+from grpo_fast import inputs
+from grpo_fast.config import LossConfig
+from grpo_fast.engine.backend import Backend, select
+from grpo_fast.engine.gradients import fp16_scale
+from grpo_fast.engine.handover import apply, compilable, wanted
+from grpo_fast.objective.batch import Batch, objective_arguments, prepare, rollout_arguments
+from grpo_fast.objective.terms import TokenTerms, evaluate, named_terms
+from grpo_fast.objective.terms import per_token as terms_of_tokens
+
 from .attach import Attach
-from .config import LossConfig
-from .engine.backend import Backend, select
-from .engine.gradients import fp16_scale
-from .engine.handover import apply, compilable, wanted
 from .metrics import summarize
-from .objective.batch import Batch, objective_arguments, prepare, rollout_arguments
-from .objective.terms import TokenTerms, evaluate, named_terms
-from .objective.terms import per_token as terms_of_tokens
 
 
 def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, options):

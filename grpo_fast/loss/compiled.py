@@ -13,11 +13,12 @@ import warnings
 import torch
 from torch import Tensor
 
+from grpo_fast.config import LossConfig
+from grpo_fast.engine.handover import TRACED, handed_over
+
 from . import metrics
-from .config import LossConfig
-from .engine.handover import TRACED, handed_over
-from .logits_loss import policy_loss as eager_logits
-from .loss import linear_policy_loss as eager_linear
+from .linear import linear_policy_loss as eager_linear
+from .logits import policy_loss as eager_logits
 from .tracing import (
     OptDtype,
     OptFloat,

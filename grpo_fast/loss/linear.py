@@ -8,19 +8,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import inputs, routes
+from grpo_fast import inputs
+from grpo_fast.config import LossConfig
+from grpo_fast.engine.backend import select
+from grpo_fast.engine.chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
+from grpo_fast.engine.handover import apply, compilable, wanted
+from grpo_fast.engine.logprob import head_stats
+from grpo_fast.engine.parallel import Placement, place
+from grpo_fast.objective.batch import Batch, prepare
+from grpo_fast.objective.terms import TokenTerms
+from grpo_fast.objective.terms import per_token as terms_of_tokens
+from grpo_fast.plan.route import Facts, Plan, choose
+
+from . import routes
 from .attach import Attach
-from .config import LossConfig
-from .engine.backend import select
-from .engine.chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
-from .engine.handover import apply, compilable, wanted
-from .engine.logprob import head_stats
-from .engine.parallel import Placement, place
 from .metrics import summarize
-from .objective.batch import Batch, prepare
-from .objective.terms import TokenTerms
-from .objective.terms import per_token as terms_of_tokens
-from .plan.route import Facts, Plan, choose
 
 
 def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .objective.batch import Batch
-from .objective.objectives import LOG_RATIO_LIMIT
-from .objective.terms import Terms
+from grpo_fast.objective.batch import Batch
+from grpo_fast.objective.objectives import LOG_RATIO_LIMIT
+from grpo_fast.objective.terms import Terms
 
 COUNTS = ("tokens", "active_rows", "nonfinite_tokens", "clamped_ratios", "rollout_missing")
 
