@@ -16,7 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from .advantages import advantages_of
+from .advantages.group import advantages_of
 from .heads import evaluating
 from .loss.linear import linear_policy_loss
 from .models import ReferencePolicy, attach

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from .advantages import ADVANTAGES, SCHEMES, check_estimator, check_weighting
+from .advantages.group import ADVANTAGES, SCHEMES, check_estimator, check_weighting
 from .config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS, LossConfig
 
 _SCALES = {True: "group", False: "none", "True": "group", "False": "none"}

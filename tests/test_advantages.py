@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_fast import PRESETS
-from grpo_fast.advantages import (
+from grpo_fast.advantages.group import (
     ADVANTAGES,
     SCHEMES,
     advantages_of,

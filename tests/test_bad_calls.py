@@ -7,7 +7,7 @@ from loss_cases import make_case
 from test_bad_input import BAD, CONFIGS, NAN, no_kernels, with_id
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, logprob, policy_loss
-from grpo_fast.advantages import group_advantages
+from grpo_fast.advantages.group import group_advantages
 from grpo_fast.objective.weights import count
 
 __all__ = ["no_kernels"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_fast import LossConfig, policy_loss
-from grpo_fast.advantages import leave_one_out_advantages
+from grpo_fast.advantages.group import leave_one_out_advantages
 from grpo_fast.objective import objectives
 
 # the DAPO example: four tokens, advantage 0.6

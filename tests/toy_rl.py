@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo_fast import LossConfig
-from grpo_fast.advantages import group_advantages
+from grpo_fast.advantages.group import group_advantages
 
 V, H, HEADS, LAYERS = 200, 64, 4, 2
 STOPS, CLASSES, CLASS_SIZE = 8, 4, 48

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .config import nearest
+from grpo_fast.config import nearest
 
 SCALES = ("group", "batch", "none")
 SCHEMES = ("linear", "softmax", "rank", "rejection")
