@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PrinterCallback
 from turns import Stepped, Turns
 
-from grpo_fast.models import load_policy, load_processing
+from grpo_fast.models.policy import load_policy, load_processing
 from grpo_fast.rollout import Rollouts
 
 __all__ = ["CASES", "CONTESTANTS", "LEVEL", "StepCase", "measure", "trainer"]

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from grpo_fast import demo
-from grpo_fast.models import attach, load_policy, load_processing
+from grpo_fast.models.policy import attach, load_policy, load_processing
 from grpo_fast.rollout import Rollouts, generate
 
 

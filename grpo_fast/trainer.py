@@ -17,10 +17,16 @@ from transformers import (
 )
 
 from .advantages.group import advantages_of
-from .heads import evaluating
 from .loss.linear import linear_policy_loss
-from .models import ReferencePolicy, attach
-from .packing import PackedBatch, check_packing, completion_logprobs, default_row_length, pack
+from .models.head import evaluating
+from .models.packing import (
+    PackedBatch,
+    check_packing,
+    completion_logprobs,
+    default_row_length,
+    pack,
+)
+from .models.policy import ReferencePolicy, attach
 from .reporting import (
     CompletionLog,
     Curves,

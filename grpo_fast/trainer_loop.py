@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from . import checkpoint
-from .heads import evaluating
+from .models.head import evaluating
 from .objective import weights
 from .reporting import Metrics
 from .sampler import ShardSampler, WindowSampler, check_dataset

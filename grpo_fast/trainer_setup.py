@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .models import load_policy, load_processing
+from .models.policy import load_policy, load_processing
 from .sampler import check_dataset
 from .trainer_config import GRPOConfig
 

@@ -6,7 +6,7 @@ from test_models import lora
 from tiny import tiny
 
 from grpo_fast.engine.logprob import linear_logprob
-from grpo_fast.models import attach, find_head
+from grpo_fast.models.policy import attach, find_head
 
 
 def test_an_adapter_on_the_head_is_part_of_it():

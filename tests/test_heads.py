@@ -4,7 +4,7 @@ import pytest
 from test_models import TRANSFORMS
 from tiny import tiny
 
-from grpo_fast.heads import Head, check_head, find_head
+from grpo_fast.models.head import Head, check_head, find_head
 
 
 @pytest.mark.parametrize("family", TRANSFORMS)

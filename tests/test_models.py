@@ -14,7 +14,7 @@ from tiny import tiny
 from torch import nn
 
 from grpo_fast.engine.logprob import linear_logprob
-from grpo_fast.models import (
+from grpo_fast.models.policy import (
     Head,
     ReferencePolicy,
     attach,

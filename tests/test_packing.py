@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from tiny import tiny
 from torch import nn
 
-from grpo_fast.models import attach
-from grpo_fast.packing import (
+from grpo_fast.models.packing import (
     PackedBatch,
     check_packing,
     completion_logprobs,
     default_row_length,
     pack,
 )
+from grpo_fast.models.policy import attach
 
 PROMPTS = [[5, 9, 33], [7], [40, 41, 42, 43, 44, 45, 46], [8, 8], [60, 61]]
 COMPLETIONS = [[11, 12, 13, 14, 15], [21, 22], [], [31], [51, 52, 53, 54, 55, 56, 57, 58]]

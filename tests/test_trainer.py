@@ -21,8 +21,8 @@ from tiny_trainer import (
 )
 
 from grpo_fast import GRPOTrainer
-from grpo_fast.heads import evaluating
-from grpo_fast.packing import PackedBatch, completion_logprobs
+from grpo_fast.models.head import evaluating
+from grpo_fast.models.packing import PackedBatch, completion_logprobs
 from grpo_fast.sampler import WindowSampler
 
 

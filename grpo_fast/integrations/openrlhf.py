@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast import linear_logprob
-from grpo_fast.heads import Head
 from grpo_fast.inputs import fail
+from grpo_fast.models.head import Head
 
 from .openrlhf_head import check_engine, headless
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import linear_logprob
-from grpo_fast.models import attach, find_head, is_attached
+from grpo_fast.models.policy import attach, find_head, is_attached
 
 from .liger import LigerFusedLinearGRPOLoss
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import linear_policy_loss
-from grpo_fast.models import attach
+from grpo_fast.models.policy import attach
 from grpo_fast.objective.terms import TokenTerms
 
 from . import trl_metrics, trl_options

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from grpo_fast.config import PRESETS
-from grpo_fast.heads import check_head, find_head
+from grpo_fast.models.head import check_head, find_head
 
 from .verl_head import FusedLinearForPPO, fused_forward, linear_cross_entropy
 from .verl_losses import WORKS, register, registered, unregister

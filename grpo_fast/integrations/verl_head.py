@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grpo_fast.engine.logprob import linear_logprob
-from grpo_fast.heads import backbone, find_head
+from grpo_fast.models.head import backbone, find_head
 
 from .names import renamed
 from .verl_losses import WORKS

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .engine.logprob import linear_logprob
+from grpo_fast.engine.logprob import linear_logprob
 
 # (prefix of model_type, attribute of the text config, True when the logits are divided by it).
 # MiniCPM3 and Inkling divide the hidden states instead: the same thing while the head has no bias.

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .engine.logprob import linear_logprob
-from .heads import Head, evaluating, innermost
-from .models import is_attached
+from grpo_fast.engine.logprob import linear_logprob
+
+from .head import Head, evaluating, innermost
+from .policy import is_attached
 
 # Largest |difference| of hidden states, relative to the largest |hidden state|.
 _BOUNDS = {torch.float16: 2e-2, torch.bfloat16: 1e-1}

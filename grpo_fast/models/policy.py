@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from .heads import TRANSFORM, Head, backbone, check_head, evaluating, find_head, innermost
+from .head import TRANSFORM, Head, backbone, check_head, evaluating, find_head, innermost
 
 __all__ = [
     "Head",
