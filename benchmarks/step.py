@@ -27,7 +27,7 @@ from transformers import PrinterCallback
 from turns import Stepped, Turns
 
 from grpo_fast.models.policy import load_policy, load_processing
-from grpo_fast.rollout import Rollouts
+from grpo_fast.rollout.hf import Rollouts
 
 __all__ = ["CASES", "CONTESTANTS", "LEVEL", "StepCase", "measure", "trainer"]
 

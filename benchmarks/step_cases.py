@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from grpo_fast import demo
 from grpo_fast.models.policy import attach, load_policy, load_processing
-from grpo_fast.rollout import Rollouts, generate
+from grpo_fast.rollout.hf import Rollouts, generate
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from .reporting import plain
 from .rewards import reasoning_gym_dataset, reasoning_gym_reward
-from .rollout import generate
+from .rollout.hf import generate
 from .trainer import GRPOTrainer
 from .trainer_config import GRPOConfig
 

@@ -37,7 +37,7 @@ from .reporting import (
     loss_metrics,
 )
 from .rewards import RewardSet, weighted
-from .rollout import Rollouts, generate
+from .rollout.hf import Rollouts, generate
 from .sampler import check_prompts, column_names, is_conversational
 from .trainer_config import GRPOConfig
 from .trainer_loop import Example, MicroBatch, RolloutTrainer, StepCallback

@@ -9,9 +9,9 @@ import torch
 from tiny import tiny
 from transformers import GenerationConfig
 
-from grpo_fast import rollout
 from grpo_fast.models.policy import attach
-from grpo_fast.rollout import generate
+from grpo_fast.rollout import hf as rollout
+from grpo_fast.rollout.hf import generate
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [16, 17, 18, 19, 20, 21, 22, 23]]
 GREEDY = GenerationConfig(max_new_tokens=7)

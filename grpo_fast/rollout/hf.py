@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
-from .models.head import backbone, evaluating, innermost
+from grpo_fast.models.head import backbone, evaluating, innermost
 
 # `generate` replaces an unset field by the checkpoint's own generation_config, and an unset top_k
 # by 50. Either samples from another distribution than the loss assumes.
