@@ -135,8 +135,8 @@ def train(script: ScriptArguments, config: dict[str, Any]) -> None:
     Raises:
         ValueError: for anything that cannot be loaded or does not fit, before training starts.
     """
-    from .trainer import GRPOTrainer
-    from .trainer_config import GRPOConfig
+    from .trainer.config import GRPOConfig
+    from .trainer.grpo import GRPOTrainer
 
     args = GRPOConfig(**config)
     rewards = load_rewards(script)

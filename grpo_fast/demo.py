@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from .reporting import plain
 from .rewards import reasoning_gym_dataset, reasoning_gym_reward
 from .rollout.hf import generate
-from .trainer import GRPOTrainer
-from .trainer_config import GRPOConfig
+from .trainer.config import GRPOConfig
+from .trainer.grpo import GRPOTrainer
+from .trainer.reporting import plain
 
 if TYPE_CHECKING:
     from datasets import Dataset

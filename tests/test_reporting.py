@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from tiny_trainer import dataset, trainer
 
-from grpo_fast.reporting import (
+from grpo_fast.trainer.reporting import (
     CompletionLog,
     Metrics,
     add_rollouts,

@@ -23,7 +23,7 @@ from tiny_trainer import (
 from grpo_fast import GRPOTrainer
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.packing import PackedBatch, completion_logprobs
-from grpo_fast.sampler import WindowSampler
+from grpo_fast.trainer.sampler import WindowSampler
 
 
 def test_reward_rises_on_a_task_that_can_be_learnt(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_trainer import model
 
-from grpo_fast import checkpoint
+from grpo_fast.trainer import checkpoint
 
 HERE = Path(__file__).resolve().parent
 # completions depend on the prompt and the place in the window, not on the rank that samples them

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from grpo_fast.models.head import evaluating
+from grpo_fast.objective import weights
+
 from . import checkpoint
-from .models.head import evaluating
-from .objective import weights
 from .reporting import Metrics
 from .sampler import ShardSampler, WindowSampler, check_dataset
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from .advantages.group import ADVANTAGES, SCHEMES, check_estimator, check_weighting
-from .config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS, LossConfig
+from grpo_fast.advantages.group import ADVANTAGES, SCHEMES, check_estimator, check_weighting
+from grpo_fast.config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS, LossConfig
 
 _SCALES = {True: "group", False: "none", "True": "group", "False": "none"}
 # (option, keyword of `reward_weights`)

@@ -16,17 +16,22 @@ from transformers import (
     TrainerCallback,
 )
 
-from .advantages.group import advantages_of
-from .loss.linear import linear_policy_loss
-from .models.head import evaluating
-from .models.packing import (
+from grpo_fast.advantages.group import advantages_of
+from grpo_fast.loss.linear import linear_policy_loss
+from grpo_fast.models.head import evaluating
+from grpo_fast.models.packing import (
     PackedBatch,
     check_packing,
     completion_logprobs,
     default_row_length,
     pack,
 )
-from .models.policy import ReferencePolicy, attach
+from grpo_fast.models.policy import ReferencePolicy, attach
+from grpo_fast.rewards import RewardSet, weighted
+from grpo_fast.rollout.hf import Rollouts, generate
+
+from .config import GRPOConfig
+from .loop import Example, MicroBatch, RolloutTrainer, StepCallback
 from .reporting import (
     CompletionLog,
     Curves,
@@ -36,12 +41,8 @@ from .reporting import (
     add_rollouts,
     loss_metrics,
 )
-from .rewards import RewardSet, weighted
-from .rollout.hf import Rollouts, generate
 from .sampler import check_prompts, column_names, is_conversational
-from .trainer_config import GRPOConfig
-from .trainer_loop import Example, MicroBatch, RolloutTrainer, StepCallback
-from .trainer_setup import check_arguments, generation_of, policy_of, prompt_room, tokenizer_of
+from .setup import check_arguments, generation_of, policy_of, prompt_room, tokenizer_of
 
 _PACKED = ("input_ids", "position_ids", "rows", "ids", "cu_seqlens")
 

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .models.policy import load_policy, load_processing
+from grpo_fast.models.policy import load_policy, load_processing
+
+from .config import GRPOConfig
 from .sampler import check_dataset
-from .trainer_config import GRPOConfig
 
 
 def check_arguments(
