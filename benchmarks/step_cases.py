@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import GenerationConfig
 
-from grpo_fast import demo
+from grpo_fast.cli import demo
 from grpo_fast.models.policy import attach, load_policy, load_processing
 from grpo_fast.rollout.hf import Rollouts, generate
 

@@ -13,8 +13,10 @@ import tiny_trainer
 import torch
 from datasets import Dataset
 
-from grpo_fast import GRPOConfig, __version__, cli, demo
-from grpo_fast.options import ScriptArguments, TrainParser, parse
+from grpo_fast import GRPOConfig, __version__
+from grpo_fast.cli import demo
+from grpo_fast.cli import main as cli
+from grpo_fast.cli.options import ScriptArguments, TrainParser, parse
 
 TRAIN = ["--model", "m", "--dataset", "d", "--reward", "a:b"]
 

@@ -7,7 +7,9 @@ import platform
 import pytest
 import torch
 
-from grpo_fast import __version__, cli, doctor, linear_policy_loss
+from grpo_fast import __version__, linear_policy_loss
+from grpo_fast.cli import doctor
+from grpo_fast.cli import main as cli
 from grpo_fast.engine import backend
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_fast.cli import main
+from grpo_fast.cli.main import main
 from grpo_fast.plan.route import ROUTES, Facts, choose
 
 BASE = {

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from .rewards import reasoning_gym_dataset, reasoning_gym_reward
-from .rollout.hf import generate
-from .trainer.config import GRPOConfig
-from .trainer.grpo import GRPOTrainer
-from .trainer.reporting import plain
+from grpo_fast.rewards import reasoning_gym_dataset, reasoning_gym_reward
+from grpo_fast.rollout.hf import generate
+from grpo_fast.trainer.config import GRPOConfig
+from grpo_fast.trainer.grpo import GRPOTrainer
+from grpo_fast.trainer.reporting import plain
 
 if TYPE_CHECKING:
     from datasets import Dataset

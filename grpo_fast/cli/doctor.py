@@ -10,8 +10,8 @@ from importlib import metadata
 import torch
 from torch import Tensor
 
-from . import PRESETS, LossConfig, __version__, linear_policy_loss, reference
-from .engine.backend import explain
+from grpo_fast import PRESETS, LossConfig, __version__, linear_policy_loss, reference
+from grpo_fast.engine.backend import explain
 
 # what each package is for, and the oldest version that works
 _PACKAGES = {

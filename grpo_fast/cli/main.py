@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
+from grpo_fast import __version__
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,7 +90,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _plan(argv: list[str]) -> int:
-    from .plan_shape import run
+    from .plan import run
 
     return run(argv)
 
@@ -135,8 +135,8 @@ def train(script: ScriptArguments, config: dict[str, Any]) -> None:
     Raises:
         ValueError: for anything that cannot be loaded or does not fit, before training starts.
     """
-    from .trainer.config import GRPOConfig
-    from .trainer.grpo import GRPOTrainer
+    from grpo_fast.trainer.config import GRPOConfig
+    from grpo_fast.trainer.grpo import GRPOTrainer
 
     args = GRPOConfig(**config)
     rewards = load_rewards(script)
@@ -204,8 +204,9 @@ def load_rewards(script: ScriptArguments) -> list[Any]:
     Raises:
         ValueError: for a function or a task that cannot be loaded.
     """
+    from grpo_fast.rewards import load_function, reasoning_gym_reward
+
     from .options import REASONING_GYM
-    from .rewards import load_function, reasoning_gym_reward
 
     rewards = []
     for spec in script.reward or [script.dataset]:
@@ -223,8 +224,9 @@ def _load_rows(script: ScriptArguments, seed: int) -> Dataset:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
+    from grpo_fast.rewards import reasoning_gym_dataset
+
     from .options import REASONING_GYM
-    from .rewards import reasoning_gym_dataset
 
     name, kwargs = script.dataset, dict(script.dataset_kwargs or {})
     if name.startswith(REASONING_GYM):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from .config import LEVELS, PRESETS, LossConfig
-from .engine.chunks import COLUMNS_FIRST, chunk_size, round_up
-from .objective.batch import needs_sequences
-from .plan.route import Facts, choose
+from grpo_fast.config import LEVELS, PRESETS, LossConfig
+from grpo_fast.engine.chunks import COLUMNS_FIRST, chunk_size, round_up
+from grpo_fast.objective.batch import needs_sequences
+from grpo_fast.plan.route import Facts, choose
 
 _EXAMPLES = """\
 examples:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from .trainer.config import GRPOConfig
+from grpo_fast.trainer.config import GRPOConfig
 
 REASONING_GYM = "reasoning_gym:"
 USAGE = "grpo-fast train [--config FILE.yaml] [options]"
