@@ -12,7 +12,7 @@ import torch
 from liger_cases import KINDS, Data, Options, data, linear, options, truth
 from loss_cases import relative
 
-from grpo_fast.integrations.liger import LigerFusedLinearGRPOLoss
+from grpo_fast.integrations.liger.linear import LigerFusedLinearGRPOLoss
 
 TESTED = "0.8.5"
 # a loss is a sum of terms of both signs and of about this size

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from peft import LoraConfig, get_peft_model
 
-from grpo_fast.integrations.openrlhf import install, uninstall
+from grpo_fast.integrations.openrlhf.actor import install, uninstall
 
 CHECKS = []
 BOUND = 1e-5

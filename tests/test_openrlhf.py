@@ -19,8 +19,8 @@ import openrlhf_cases as cases
 from openrlhf.models import Actor, PolicyLoss
 
 from grpo_fast import linear_logprob
-from grpo_fast.integrations import openrlhf as adapter
-from grpo_fast.integrations import openrlhf_head
+from grpo_fast.integrations.openrlhf import actor as adapter
+from grpo_fast.integrations.openrlhf import head as openrlhf_head
 
 BOUND = 1e-5
 FAMILIES = ("Qwen3", "Gemma2", "Granite", "Cohere", "Phi", "MiniCPM3")

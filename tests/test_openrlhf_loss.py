@@ -17,8 +17,8 @@ from openrlhf_cases import distance
 
 from grpo_fast import reference
 from grpo_fast.config import PRESETS, LossConfig
-from grpo_fast.integrations.openrlhf_loss import FastPolicyLoss, chosen
-from grpo_fast.integrations.openrlhf_options import OWN
+from grpo_fast.integrations.openrlhf.loss import FastPolicyLoss, chosen
+from grpo_fast.integrations.openrlhf.options import OWN
 
 BOUND, EXACT = 1e-6, 1e-12
 B, T = 6, 11

@@ -17,8 +17,8 @@ pytest.importorskip("openrlhf", reason="needs openrlhf, which `make test-openrlh
 pytest.importorskip("ray", reason="needs ray, which `make test-openrlhf` lays over")
 from openrlhf.models import Actor
 
-from grpo_fast.integrations import openrlhf as adapter
 from grpo_fast.integrations import openrlhf_ray
+from grpo_fast.integrations.openrlhf import actor as adapter
 
 HERE = Path(__file__).resolve().parent
 MODULE = "grpo_fast.integrations.openrlhf_ray"

@@ -13,7 +13,7 @@ from openrlhf.models import Actor
 from openrlhf.trainer.ray import ppo_actor
 from openrlhf_trainer import train
 
-from grpo_fast.integrations import openrlhf as adapter
+from grpo_fast.integrations.openrlhf import actor as adapter
 
 BOUND = 1e-5
 # A loss is a sum of both signs and a KL is what terms near 1 leave over, each rounded to 1.2e-7 in

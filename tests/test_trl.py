@@ -31,8 +31,8 @@ from tiny_trl import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo_fast.integrations.trl import FastGRPOTrainer
-from grpo_fast.integrations.trl_options import loss_config
+from grpo_fast.integrations.trl.options import loss_config
+from grpo_fast.integrations.trl.trainer import FastGRPOTrainer
 
 TOLERANCE = 1e-5
 HERE = Path(__file__).resolve().parent

@@ -30,8 +30,8 @@ from trl import (
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils
 
-from grpo_fast.integrations import trl_logprob
-from grpo_fast.integrations.trl import patch_trl, unpatch_trl
+from grpo_fast.integrations.trl import logprob as trl_logprob
+from grpo_fast.integrations.trl.trainer import patch_trl, unpatch_trl
 
 TOLERANCE = 1e-5
 ONLINE = ("num_generations", "max_completion_length", "temperature", "epsilon", "epsilon_high")
@@ -223,8 +223,8 @@ def test_does_not_undo_somebody_else():
 
 def _again(patch: pytest.MonkeyPatch):
     """Import the module anew; the one that others hold stays."""
-    patch.delitem(sys.modules, "grpo_fast.integrations.trl_logprob")
-    return importlib.import_module("grpo_fast.integrations.trl_logprob")
+    patch.delitem(sys.modules, "grpo_fast.integrations.trl.logprob")
+    return importlib.import_module("grpo_fast.integrations.trl.logprob")
 
 
 def test_without_trl(monkeypatch):

@@ -16,8 +16,8 @@ from verl.workers.utils.padding import no_padding_2_padding
 
 from grpo_fast import LossConfig, reference
 from grpo_fast.config import PRESETS
-from grpo_fast.integrations import verl as adapter
-from grpo_fast.integrations import verl_losses
+from grpo_fast.integrations.verl import losses as verl_losses
+from grpo_fast.integrations.verl import patch as adapter
 
 TOLERANCE = 1e-6
 # a loss is a sum of terms near 1 of both signs
@@ -250,7 +250,7 @@ config = HFModelConfig(
 print(get_policy_loss_fn("fast_vespo").args, dense_common.forward_with_torch_backend.__module__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    wanted = "('vespo', {}) grpo_fast.integrations.verl_head"
+    wanted = "('vespo', {}) grpo_fast.integrations.verl.head"
     assert done.stdout.strip().endswith(wanted), done.stderr
 
 

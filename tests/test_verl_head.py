@@ -20,8 +20,8 @@ from verl.utils.experimental import torch_functional
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
-from grpo_fast.integrations import verl as adapter
-from grpo_fast.integrations import verl_head
+from grpo_fast.integrations.verl import head as verl_head
+from grpo_fast.integrations.verl import patch as adapter
 
 TOLERANCE = 1e-5
 TEMPERATURE = 0.7

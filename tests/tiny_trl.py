@@ -151,7 +151,7 @@ def differences(ours: Any, theirs: Any) -> dict[str, float]:
 
 def both(path: str, **overrides: Any) -> tuple[Any, Any]:
     """Ours and TRL's after the same steps."""
-    from grpo_fast.integrations.trl import FastGRPOTrainer
+    from grpo_fast.integrations.trl.trainer import FastGRPOTrainer
 
     return run(FastGRPOTrainer, path, **overrides), run(GRPOTrainer, path, **overrides)
 

@@ -72,7 +72,7 @@ def _options() -> dict[str, Any]:
 
 
 def _install(options: dict[str, Any]) -> None:
-    from .openrlhf import install
+    from .openrlhf.actor import install
 
     install(**options)
 

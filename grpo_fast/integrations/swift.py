@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo_fast import linear_logprob
 from grpo_fast.models.policy import attach, find_head, is_attached
 
-from .liger import LigerFusedLinearGRPOLoss
+from .liger.linear import LigerFusedLinearGRPOLoss
 
 __all__ = ["TESTED", "patch_swift", "unpatch_swift"]
 

@@ -6,9 +6,8 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.inputs import fail
-
-from .names import owned
-from .rollout_ratio import tokens_per_rank
+from grpo_fast.integrations.names import owned
+from grpo_fast.integrations.rollout_ratio import tokens_per_rank
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 

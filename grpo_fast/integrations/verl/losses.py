@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import PRESETS, LossConfig
+from grpo_fast.integrations.names import check_options, renamed
 from grpo_fast.objective.token_losses import TokenLosses, token_losses
-
-from .names import check_options, renamed
 
 __all__ = ["TESTED", "WORKS", "register", "registered", "unregister"]
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.logprob import linear_logprob
 from grpo_fast.inputs import fail
+from grpo_fast.integrations.names import renamed
+from grpo_fast.integrations.rollout_ratio import fold
 from grpo_fast.loss.linear import linear_policy_loss
 
-from .liger_config import denominator, loss_config
-from .liger_logits import triton_grpo_loss
-from .names import renamed
-from .rollout_ratio import fold
+from .logits import triton_grpo_loss
+from .options import denominator, loss_config
 
 __all__ = ["LigerFusedLinearGRPOLoss", "triton_grpo_loss"]
 

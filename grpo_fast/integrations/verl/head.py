@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grpo_fast.engine.logprob import linear_logprob
+from grpo_fast.integrations.names import renamed
 from grpo_fast.models.head import backbone, find_head
 
-from .names import renamed
-from .verl_losses import WORKS
+from .losses import WORKS
 
 try:
     from verl.models.transformers.dense_common import CausalLMOutputForPPO

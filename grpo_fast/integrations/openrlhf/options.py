@@ -11,8 +11,7 @@ from openrlhf.models.loss import PolicyLoss
 
 from grpo_fast.config import OBJECTIVES, PRESETS, LossConfig
 from grpo_fast.inputs import fail
-
-from .names import renamed
+from grpo_fast.integrations.names import renamed
 
 # fields of LossConfig for which OpenRLHF has an option, a term or an argument of its own
 OWN = {

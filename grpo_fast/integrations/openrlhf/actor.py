@@ -15,7 +15,7 @@ from grpo_fast import linear_logprob
 from grpo_fast.inputs import fail
 from grpo_fast.models.head import Head
 
-from .openrlhf_head import check_engine, headless
+from .head import check_engine, headless
 
 __all__ = ["TESTED", "install", "uninstall"]
 
@@ -25,7 +25,7 @@ try:
     from openrlhf.models import Actor, PolicyLoss
     from openrlhf.models.ring_attn_utils import gather_and_pad_tensor, unpad_and_slice_tensor
 
-    from .openrlhf_loss import chosen
+    from .loss import chosen
 
     _VERSION = metadata.version("openrlhf")
 except (ImportError, AttributeError) as error:

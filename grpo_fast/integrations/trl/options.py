@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from grpo_fast import LossConfig
-
-from .names import owned
+from grpo_fast.integrations.names import owned
 
 _SAME = ("loss_type", "importance_sampling_level", "epsilon", "delta", "beta", "temperature")
 _SAME += ("use_bias_correction_kl", "top_entropy_quantile", "off_policy_mask_threshold")

@@ -7,12 +7,12 @@ from torch.nn.functional import pad
 
 from grpo_fast.engine.logprob import logprob
 from grpo_fast.inputs import check_logits, check_tensor, describe, fail, flat_mask
+from grpo_fast.integrations.names import renamed
+from grpo_fast.integrations.rollout_ratio import fold
 from grpo_fast.loss.logits import policy_loss
 from grpo_fast.objective.token_losses import token_losses
 
-from .liger_config import denominator, loss_config
-from .names import renamed
-from .rollout_ratio import fold
+from .options import denominator, loss_config
 
 _NAMES = {"ids": "completion_ids", "mask": "completion_mask", "ratio": "vllm_is_ratio"}
 _NAMES |= {"epsilon": "eps_low", "epsilon_high": "eps_high"}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_fast.objective.terms import TokenTerms
 
-from .trl_options import WINDOW, accumulation_steps
+from .options import WINDOW, accumulation_steps
 
 # sums of one micro-batch on one rank: tokens and what is averaged over them, then places where a
 # ratio is counted (tokens, or sequences at sequence level) and what is averaged over those

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.inputs import fail
+from grpo_fast.integrations.names import renamed
 from grpo_fast.objective.token_losses import token_losses
 
-from .names import renamed
-from .openrlhf_options import check_options, loss_config
+from .options import check_options, loss_config
 
 __all__ = ["FastPolicyLoss", "chosen"]
 

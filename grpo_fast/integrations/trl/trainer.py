@@ -14,8 +14,9 @@ from grpo_fast import linear_policy_loss
 from grpo_fast.models.policy import attach
 from grpo_fast.objective.terms import TokenTerms
 
-from . import trl_metrics, trl_options
-from .trl_logprob import GRPOTrainer, patch_trl, unpatch_trl
+from . import metrics as trl_metrics
+from . import options as trl_options
+from .logprob import GRPOTrainer, patch_trl, unpatch_trl
 
 __all__ = ["FastGRPOTrainer", "patch_trl", "unpatch_trl"]
 

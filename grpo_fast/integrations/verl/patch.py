@@ -18,8 +18,8 @@ from torch import nn
 from grpo_fast.config import PRESETS
 from grpo_fast.models.head import check_head, find_head
 
-from .verl_head import FusedLinearForPPO, fused_forward, linear_cross_entropy
-from .verl_losses import WORKS, register, registered, unregister
+from .head import FusedLinearForPPO, fused_forward, linear_cross_entropy
+from .losses import WORKS, register, registered, unregister
 
 __all__ = ["patch_verl", "register", "registered", "unpatch_verl"]
 
