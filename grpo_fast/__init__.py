@@ -14,11 +14,10 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir():
 
 # Imported at once and not on demand: `logprob` names a module as well as a function, and the
 # import system would bind the module here as soon as anything imports it.
-# `ops` and `logprob_ops` are there for what torch.compile finds in them.
+# `compiled` and `compiled_logprob` are there for what torch.compile finds in them.
 from .config import PRESETS, LossConfig
 from .engine.logprob import LogProbs, linear_logprob, logprob
-from .loss import compiled as ops
-from .loss import compiled_logprob as logprob_ops  # noqa: F401
+from .loss import compiled, compiled_logprob  # noqa: F401
 from .loss.linear import linear_policy_loss
 from .loss.logits import policy_loss
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.inputs import fail
+from grpo_fast.checks import fail
 
 from . import gemm
 from .backend import Backend

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_fast.inputs import fail
+from grpo_fast.checks import fail
 
 from .handover import once
 

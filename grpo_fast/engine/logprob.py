@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_fast import inputs
-from grpo_fast.inputs import Rows
+from grpo_fast import checks
+from grpo_fast.rows import Rows, check_temperature, flat_mask, flatten
 
 from . import gemm
 from .backend import select
@@ -245,14 +245,14 @@ def linear_logprob(
     """
     placed = place(hidden, weight, bias, tp_group, workspace_bytes, ids=ids, mask=mask)
     weight, bias = placed.weight, placed.bias
-    inputs.check_head(hidden, weight, bias, softcap, logit_scale)
-    lora = inputs.check_lora(lora, hidden, weight)
+    checks.check_head(hidden, weight, bias, softcap, logit_scale)
+    lora = checks.check_lora(lora, hidden, weight)
     backend = placed.rows(select(hidden.device))
-    inputs.check_precision("hidden", hidden, backend.name)
+    checks.check_precision("hidden", hidden, backend.name)
     shape = tuple(hidden.shape[:-1])
-    flat_mask = inputs.flat_mask(mask, shape, hidden.device)
-    temperature, inverse = inputs.check_temperature(temperature, shape, flat_mask)
-    rows = inputs.flatten(ids, flat_mask, placed.V, shape)
+    keep = flat_mask(mask, shape, hidden.device)
+    temperature, inverse = check_temperature(temperature, shape, keep)
+    rows = flatten(ids, keep, placed.V, shape)
     options = {
         "backend": backend,
         "workspace_bytes": workspace_bytes,
@@ -335,12 +335,12 @@ def logprob(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
     """
-    inputs.check_logits(logits)
-    inputs.check_precision("logits", logits, select(logits.device).name)
+    checks.check_logits(logits)
+    checks.check_precision("logits", logits, select(logits.device).name)
     shape = tuple(logits.shape[:-1])
-    flat_mask = inputs.flat_mask(mask, shape, logits.device)
-    temperature, inverse = inputs.check_temperature(temperature, shape, flat_mask)
-    rows = inputs.flatten(ids, flat_mask, logits.shape[-1], shape)
+    keep = flat_mask(mask, shape, logits.device)
+    temperature, inverse = check_temperature(temperature, shape, keep)
+    rows = flatten(ids, keep, logits.shape[-1], shape)
     cube = logits if logits.dim() == 3 else logits[None]
     active = None if mask is None else rows.mask
     options = {"inv_temperature": 1.0 / temperature if inverse is None else inverse}

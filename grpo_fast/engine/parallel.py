@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from grpo_fast.inputs import FLOATS, fail
+from grpo_fast.checks import FLOATS, fail
 
 from .backend import Backend
 from .gathering import Source, gathered, is_dtensor, is_zero3

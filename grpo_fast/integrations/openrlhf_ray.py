@@ -19,7 +19,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from grpo_fast.inputs import fail
+from grpo_fast.checks import fail
 
 __all__ = ["VARIABLE", "runtime_env", "setup"]
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.checks import check_tensor, fail
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.logprob import linear_logprob
-from grpo_fast.inputs import check_tensor, fail
 from grpo_fast.objective.token_losses import token_losses
 
 from .names import check_options, renamed

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_fast.checks import describe, fail
 from grpo_fast.config import LossConfig
-from grpo_fast.inputs import describe, fail
 
 
 def fold(

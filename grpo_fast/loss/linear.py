@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_fast import inputs
+from grpo_fast import checks
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.backend import select
 from grpo_fast.engine.chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
@@ -157,11 +157,11 @@ def linear_policy_loss(
     weight, bias = placed.weight, placed.bias
     if isinstance(ref_weight, Tensor):
         ref_weight = place(ref_hidden, ref_weight, None, *where).weight
-    inputs.check_head(hidden, weight, bias, softcap, logit_scale)
-    lora_A, lora_B, lora_scale = inputs.check_lora(lora, hidden, weight)
-    inputs.check_reference(ref_logp, ref_hidden, ref_weight, hidden, weight)
+    checks.check_head(hidden, weight, bias, softcap, logit_scale)
+    lora_A, lora_B, lora_scale = checks.check_lora(lora, hidden, weight)
+    checks.check_reference(ref_logp, ref_hidden, ref_weight, hidden, weight)
     backend = placed.rows(select(hidden.device))
-    inputs.check_precision("hidden", hidden, backend.name)
+    checks.check_precision("hidden", hidden, backend.name)
     _check_main_grad(main_grad, grad_scale, weight, placed)
     batch = prepare(
         tuple(hidden.shape[:-1]),
@@ -236,21 +236,21 @@ def _check_main_grad(
     main_grad: Tensor | None, grad_scale: float, weight: Tensor, placed: Placement
 ) -> None:
     """fp32 (V, H), contiguous, for a weight that is trained and whole (or a shard) here."""
-    if not inputs.is_number(grad_scale) or not 0 < abs(grad_scale) < float("inf"):
-        inputs.fail("grad_scale", "a finite number other than 0", repr(grad_scale))
+    if not checks.is_number(grad_scale) or not 0 < abs(grad_scale) < float("inf"):
+        checks.fail("grad_scale", "a finite number other than 0", repr(grad_scale))
     if main_grad is None:
         if grad_scale != 1.0:
-            inputs.fail("grad_scale", "1.0 without main_grad", grad_scale)
+            checks.fail("grad_scale", "1.0 without main_grad", grad_scale)
         return
     if placed.sources:
-        inputs.fail("main_grad", "None for a weight that is gathered", inputs.describe(main_grad))
+        checks.fail("main_grad", "None for a weight that is gathered", checks.describe(main_grad))
     if not weight.requires_grad:
-        inputs.fail("main_grad", "None for a frozen weight", inputs.describe(main_grad))
-    inputs.check_tensor("main_grad", main_grad, tuple(weight.shape), weight.device)
+        checks.fail("main_grad", "None for a frozen weight", checks.describe(main_grad))
+    checks.check_tensor("main_grad", main_grad, tuple(weight.shape), weight.device)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if main_grad.dtype != dtype or not main_grad.is_contiguous() or main_grad.requires_grad:
         expected = f"a contiguous {dtype} tensor that needs no gradient"
-        inputs.fail("main_grad", expected, inputs.describe(main_grad))
+        checks.fail("main_grad", expected, checks.describe(main_grad))
 
 
 def _with_reference(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_fast import inputs
+from grpo_fast import checks
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.backend import Backend, select
 from grpo_fast.engine.gradients import fp16_scale
@@ -66,7 +66,7 @@ def _logits_one_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, 
 def _check_inplace(logits: Tensor) -> None:
     """A gradient may be written over logits that are no leaf and whose rows do not overlap."""
     if logits.is_leaf:
-        inputs.fail("logits", "a non-leaf tensor with inplace=True", "a leaf that requires grad")
+        checks.fail("logits", "a non-leaf tensor with inplace=True", "a leaf that requires grad")
     if logits.numel() == 0:
         return
     reach = logits.shape[-1]
@@ -74,7 +74,7 @@ def _check_inplace(logits: Tensor) -> None:
     for stride, n in sorted(pair for pair in pairs if pair[1] > 1):
         if stride < reach:
             got = f"strides {logits.stride()}"
-            inputs.fail("logits", "rows that do not overlap with inplace=True", got)
+            checks.fail("logits", "rows that do not overlap with inplace=True", got)
         reach += stride * (n - 1)
 
 
@@ -121,9 +121,9 @@ def policy_loss(
         RuntimeError: on a second backward through one loss.
     """
     config = LossConfig() if config is None else config
-    inputs.check_logits(logits)
+    checks.check_logits(logits)
     backend = select(logits.device)
-    inputs.check_precision("logits", logits, backend.name)
+    checks.check_precision("logits", logits, backend.name)
     (needed,) = wanted(logits)
     if inplace and needed:
         _check_inplace(logits)

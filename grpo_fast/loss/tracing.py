@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.types import Number
 
-from grpo_fast import inputs
+from grpo_fast import checks
 
 # the spelling of an optional argument from which every torch.library reads a schema
 OptTensor = Optional[Tensor]  # noqa: UP045
@@ -58,10 +58,10 @@ def wide(like: Tensor) -> torch.dtype:
 
 def check_shapes(shape: tuple[int, ...], ids: Tensor, **fields: Tensor | None) -> None:
     """ValueError while tracing for what does not depend on values; the op checks the rest."""
-    inputs.check_tensor("ids", ids, shape, ids.device, floating=False)
+    checks.check_tensor("ids", ids, shape, ids.device, floating=False)
     for name, value in fields.items():
         if value is not None and tuple(value.shape) != shape:
-            inputs.fail(name, f"tensor {shape}", inputs.describe(value))
+            checks.fail(name, f"tensor {shape}", checks.describe(value))
 
 
 def gradients_or_empty(like: Tensor, gradients: list[Tensor | None] | None, n: int) -> list[Tensor]:
@@ -71,8 +71,8 @@ def gradients_or_empty(like: Tensor, gradients: list[Tensor | None] | None, n: i
 
 
 def refuse(name: str, expected: str, got: object) -> NoReturn:
-    """`inputs.fail`, of what torch.compile cannot have."""
-    inputs.fail(name, f"{expected} under torch.compile", got)
+    """`checks.fail`, of what torch.compile cannot have."""
+    checks.fail(name, f"{expected} under torch.compile", got)
     raise AssertionError
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_fast import inputs
+from grpo_fast import checks
 from grpo_fast.config import OBJECTIVES, LossConfig
-from grpo_fast.inputs import Rows
+from grpo_fast.rows import Rows, boundaries_on, check_temperature, flat_mask, flatten, per_token
 
 from . import objectives
 from .corrections import rollout_bounds, rollout_factor, scaled
@@ -134,30 +134,30 @@ def prepare(
     Waits for the device once; with max_rows not at all.
     """
     if not isinstance(config, LossConfig):
-        inputs.fail("config", "a LossConfig", inputs.describe(config))
-    inputs.check_cu_seqlens(cu_seqlens, shape, device)
+        checks.fail("config", "a LossConfig", checks.describe(config))
+    checks.check_cu_seqlens(cu_seqlens, shape, device)
     _check_options(config, skip_inactive_forward, max_rows, shape)
     by_sequence = needs_sequences(config, rollout_logp is not None)
     needs_bounds = by_sequence or config.weights == "sequence_mean"
     needs_count = config.weights != "token_mean" and denominator is None
     if len(shape) == 1 and cu_seqlens is None and (needs_bounds or needs_count):
         what = f"(S+1,) boundaries for {config.loss_type} on packed (N,) input"
-        inputs.fail("cu_seqlens", what, None)
-    cut, valid = inputs.boundaries_on(device, cu_seqlens, shape)
+        checks.fail("cu_seqlens", what, None)
+    cut, valid = boundaries_on(device, cu_seqlens, shape)
     token_advantages = _advantages(advantages, shape, device, cut)
     _check_denominator(denominator)
     if config.beta > 0 and ref_logp is None and not has_ref:
-        inputs.fail("ref_logp", f"reference log-probs {shape}, since beta = {config.beta}", None)
+        checks.fail("ref_logp", f"reference log-probs {shape}, since beta = {config.beta}", None)
     bounds = None
     if len(shape) == 2 or cu_seqlens is not None:
         bounds = boundaries(token_advantages.view(shape), cut)
-    flat = inputs.flat_mask(mask, shape, device)
+    flat = flat_mask(mask, shape, device)
     # what is not finite in a masked place is no number to compute with, and a masked rollout
     # log-prob is one that is missing
     fields = {
-        "old_logp": inputs.per_token("old_logp", old_logp, shape, flat),
-        "ref_logp": inputs.per_token("ref_logp", ref_logp, shape, flat),
-        "rollout_logp": inputs.per_token("rollout_logp", rollout_logp, shape, flat, torch.nan),
+        "old_logp": per_token("old_logp", old_logp, shape, flat),
+        "ref_logp": per_token("ref_logp", ref_logp, shape, flat),
+        "rollout_logp": per_token("rollout_logp", rollout_logp, shape, flat, torch.nan),
         "rollout_gap": None,
         "inv_temperature": None if temperature is None else _temperatures(temperature, shape, flat),
     }
@@ -165,7 +165,7 @@ def prepare(
     if fields["old_logp"] is not None and fields["rollout_logp"] is not None:
         token_advantages, fields = _correct(config, token_advantages, fields, flat, bounds)
     useful = _useful(config, token_advantages, bounds, by_sequence)
-    rows = inputs.flatten(
+    rows = flatten(
         ids,
         flat,
         V,
@@ -192,18 +192,18 @@ def _temperatures(temperature: Tensor, shape: tuple[int, ...], mask: Tensor) -> 
     """1 / temperature (N,); the one number for all is the configuration's."""
     if not isinstance(temperature, Tensor):
         expected = f"a tensor {shape[:1]} or {shape} (one number goes into config.temperature)"
-        inputs.fail("temperature", expected, inputs.describe(temperature))
-    return inputs.check_temperature(temperature, shape, mask)[1]
+        checks.fail("temperature", expected, checks.describe(temperature))
+    return check_temperature(temperature, shape, mask)[1]
 
 
 def _check_options(
     config: LossConfig, skip: bool, max_rows: int | None, shape: tuple[int, ...]
 ) -> None:
     if not isinstance(skip, bool):
-        inputs.fail("skip_inactive_forward", "True or False", repr(skip))
+        checks.fail("skip_inactive_forward", "True or False", repr(skip))
     if skip and config.top_entropy_quantile < 1.0:
         expected = "False with top_entropy_quantile, whose quantile is one of all tokens"
-        inputs.fail("skip_inactive_forward", expected, True)
+        checks.fail("skip_inactive_forward", expected, True)
     if max_rows is None:
         return
     total = 1
@@ -211,10 +211,10 @@ def _check_options(
         total *= n
     good = isinstance(max_rows, int) and not isinstance(max_rows, bool)
     if not good or not 1 <= max_rows <= max(total, 1):
-        inputs.fail("max_rows", f"None or an integer in [1, {total}]", repr(max_rows))
+        checks.fail("max_rows", f"None or an integer in [1, {total}]", repr(max_rows))
     if skip:
         expected = "False with max_rows, where nobody counts the inactive rows"
-        inputs.fail("skip_inactive_forward", expected, True)
+        checks.fail("skip_inactive_forward", expected, True)
 
 
 def _correct(config, advantages, fields, mask, bounds):
@@ -250,14 +250,14 @@ def _threshold(
     if value is None:
         return None
     if config.top_entropy_quantile == 1.0:
-        inputs.fail("entropy_threshold", "None without top_entropy_quantile < 1", value)
+        checks.fail("entropy_threshold", "None without top_entropy_quantile < 1", value)
     if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
         if value.device.type == "cpu":
             # a copy of it to an accelerator would wait
             return torch.full((), value.item(), dtype=value.dtype, device=device)
         return value.detach().to(device).reshape(())
-    if not inputs.is_number(value) or value != value:
-        inputs.fail("entropy_threshold", "None or one number (nats)", inputs.describe(value))
+    if not checks.is_number(value) or value != value:
+        checks.fail("entropy_threshold", "None or one number (nats)", checks.describe(value))
     return torch.full((), float(value), device=device)
 
 
@@ -273,11 +273,11 @@ def _advantages(
     good = isinstance(advantages, Tensor) and tuple(advantages.shape) in allowed
     if not good or advantages.device != device or not advantages.is_floating_point():
         expected = " or ".join(str(s) for s in sorted(allowed, key=len))
-        got = inputs.describe(advantages)
-        inputs.fail("advantages", f"floating-point tensor {expected} on {device}", got)
+        got = checks.describe(advantages)
+        checks.fail("advantages", f"floating-point tensor {expected} on {device}", got)
     if not advantages.is_contiguous():
         strides = f"strides {advantages.stride()}"
-        inputs.fail("advantages", "a contiguous tensor (call .contiguous())", strides)
+        checks.fail("advantages", "a contiguous tensor (call .contiguous())", strides)
     flat = advantages.detach()
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     if tuple(advantages.shape) == shape:
@@ -291,11 +291,11 @@ def _check_denominator(denominator: Tensor | float | int | None) -> None:
     expected = "None or a finite number > 0"
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1 or denominator.dtype == torch.bool or denominator.is_complex():
-            inputs.fail("denominator", "one real number", inputs.describe(denominator))
+            checks.fail("denominator", "one real number", checks.describe(denominator))
         # 0 is the count of a window that is masked whole; a value on a GPU is not worth a wait
         if denominator.device.type == "cpu" and not 0 <= denominator.item() < float("inf"):
-            inputs.fail("denominator", expected, denominator.item())
+            checks.fail("denominator", expected, denominator.item())
     elif denominator is not None and not (
-        inputs.is_number(denominator) and 0 < denominator < float("inf")
+        checks.is_number(denominator) and 0 < denominator < float("inf")
     ):
-        inputs.fail("denominator", expected, repr(denominator))
+        checks.fail("denominator", expected, repr(denominator))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast import inputs
+from grpo_fast import checks
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.handover import once
 
@@ -93,10 +93,10 @@ def token_losses(
     """
     config = LossConfig() if config is None else config
     if not isinstance(logp, Tensor) or logp.dim() != 2 or not logp.is_floating_point():
-        inputs.fail("logp", "floating-point tensor (B, T)", inputs.describe(logp))
+        checks.fail("logp", "floating-point tensor (B, T)", checks.describe(logp))
     if config.entropy_coef > 0 or config.top_entropy_quantile < 1.0:
         name = "entropy_coef" if config.entropy_coef > 0 else "top_entropy_quantile"
-        inputs.fail(name, "its default: log-probs have no entropy", getattr(config, name))
+        checks.fail(name, "its default: log-probs have no entropy", getattr(config, name))
     batch = prepare(
         tuple(logp.shape),
         1,

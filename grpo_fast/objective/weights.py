@@ -26,7 +26,7 @@ def sequence_sum(values: Tensor, bounds: Tensor) -> Tensor:
     values."""
     if values.numel() == 0:
         return values.new_zeros(bounds.numel() - 1)
-    # unsafe: nothing of the boundaries, which `inputs` has checked, is read back from the device
+    # unsafe: nothing of the boundaries, which `rows` has checked, is read back from the device
     return torch.segment_reduce(values, "sum", offsets=bounds, axis=0, unsafe=True, initial=0.0)
 
 

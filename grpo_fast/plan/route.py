@@ -10,7 +10,7 @@ rows of which g may have a gradient and a have one:
 
 2NHV less per row of g or a where hidden or the weight needs no gradient.
 
-An accelerator makes the host wait once in a call, for the counts of rows (`inputs.flatten`), and
+An accelerator makes the host wait once in a call, for the counts of rows (`rows.flatten`), and
 two passes wait once more, for the rows that have a derivative: how many is known after the first
 pass only, and the second is that much shorter. With max_rows nothing is waited for, and rows
 without a derivative are zeros in the products. Boundaries on the host or the device, numbers on

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.logprob import linear_logprob
-from grpo_fast.inputs import fail
 from grpo_fast.integrations.names import renamed
 from grpo_fast.integrations.rollout_ratio import fold
 from grpo_fast.loss.linear import linear_policy_loss

@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import pad
 
+from grpo_fast.checks import check_logits, check_tensor, describe, fail
 from grpo_fast.engine.logprob import logprob
-from grpo_fast.inputs import check_logits, check_tensor, describe, fail, flat_mask
 from grpo_fast.integrations.names import renamed
 from grpo_fast.integrations.rollout_ratio import fold
 from grpo_fast.loss.logits import policy_loss
 from grpo_fast.objective.token_losses import token_losses
+from grpo_fast.rows import flat_mask
 
 from .options import denominator, loss_config
 

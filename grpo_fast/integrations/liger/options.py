@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
-from grpo_fast.inputs import fail
 from grpo_fast.integrations.names import owned
 from grpo_fast.integrations.rollout_ratio import tokens_per_rank
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import linear_logprob
-from grpo_fast.inputs import fail
+from grpo_fast.checks import fail
 from grpo_fast.models.head import Head
 
 from .head import check_engine, headless

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from grpo_fast.checks import fail
 from grpo_fast.engine.gathering import Source, is_zero3
-from grpo_fast.inputs import fail
 from grpo_fast.models.head import Head, backbone, check_head, find_head, innermost
 
 __all__ = ["check_engine", "headless"]

@@ -9,8 +9,8 @@ from openrlhf.models.loss import PolicyLoss, aggregate_loss
 from openrlhf.models.utils import masked_mean
 from torch import Tensor
 
+from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
-from grpo_fast.inputs import fail
 from grpo_fast.integrations.names import renamed
 from grpo_fast.objective.token_losses import token_losses
 
