@@ -15,11 +15,12 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir():
 # Imported at once and not on demand: `logprob` names a module as well as a function, and the
 # import system would bind the module here as soon as anything imports it.
 # `compiled` and `compiled_logprob` are there for what torch.compile finds in them.
-from .config import PRESETS, LossConfig
+from .config import LossConfig
 from .engine.logprob import LogProbs, linear_logprob, logprob
 from .loss import compiled, compiled_logprob  # noqa: F401
 from .loss.linear import linear_policy_loss
 from .loss.logits import policy_loss
+from .presets import PRESETS
 
 __all__ = [
     "GRPOConfig",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 import torch
 from torch import Tensor
 
@@ -159,3 +161,10 @@ def check_boundaries(values: list[int], n: int) -> None:
     if len(values) - 1 == n and values != list(range(n + 1)):
         expected = "(N,) or (S,), which are one here: make every sequence one token or none empty"
         fail("advantages", expected, f"S = N = {n} with an empty sequence")
+
+
+def nearest(name: object, known: tuple[str, ...] | list[str]) -> str:
+    """A hint for an unknown name: the closest known one, then all of them."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Known: {', '.join(known)}."

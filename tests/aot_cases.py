@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from grpo_fast.config import OBJECTIVES
 from grpo_fast.kernels import logprob
 from grpo_fast.kernels import policy as one_pass
 from grpo_fast.objective import objectives
+from grpo_fast.presets import OBJECTIVES
 
 
 def _rows(dtype: torch.dtype, V: int):

@@ -9,8 +9,8 @@ import torch
 from loss_cases import Case, make_case, relative, truth
 
 from grpo_fast import LossConfig, linear_policy_loss, policy_loss, reference
-from grpo_fast.config import OBJECTIVES
 from grpo_fast.engine.chunks import FIXED_BYTES
+from grpo_fast.presets import OBJECTIVES
 
 # fp32 inputs; what is observed is near 3e-7
 BOUND = 2e-5

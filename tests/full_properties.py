@@ -25,7 +25,7 @@ from property_cases import Call, build
 from property_checks import Mismatch, arguments, compare
 
 from grpo_fast import PRESETS, linear_policy_loss
-from grpo_fast.config import AGGREGATIONS, KL_ESTIMATORS, OBJECTIVES, ROLLOUT_CORRECTIONS
+from grpo_fast.presets import AGGREGATIONS, KL_ESTIMATORS, OBJECTIVES, ROLLOUT_CORRECTIONS
 
 CASES = 2000
 # two loss functions for one log-prob function: most of the options are theirs

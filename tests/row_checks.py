@@ -8,10 +8,10 @@ import math
 import torch
 from loss_cases import relative
 
-from grpo_fast.config import KL_ESTIMATORS, OBJECTIVES
 from grpo_fast.engine import torch_backend
 from grpo_fast.engine.backend import select
 from grpo_fast.objective import objectives
+from grpo_fast.presets import KL_ESTIMATORS, OBJECTIVES
 
 B, T, V = 3, 7, 83
 SCALE = 1.3

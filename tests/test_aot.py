@@ -21,8 +21,8 @@ import aot_cases  # noqa: E402
 import triton.language as tl  # noqa: E402
 from aot_cases import CASES  # noqa: E402
 
-from grpo_fast.config import KL_ESTIMATORS, OBJECTIVES  # noqa: E402
 from grpo_fast.objective import objectives  # noqa: E402
+from grpo_fast.presets import KL_ESTIMATORS, OBJECTIVES  # noqa: E402
 
 # Scalars of a row: id, mask, target logit, temperature, old, reference and rollout log-prob,
 # advantage and weight, or statistics and upstream gradients. A tile that lost its vectorisation

@@ -16,7 +16,7 @@ from grpo_fast import (
     policy_loss,
     reference,
 )
-from grpo_fast.config import OBJECTIVES
+from grpo_fast.presets import OBJECTIVES
 
 N, H, V, R = 6, 3, 5, 2
 IDS = torch.tensor([0, 4, 3, 2, 2, 1])

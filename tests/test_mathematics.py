@@ -18,8 +18,8 @@ from loss_cases import configurations, make_case, relative
 
 from grpo_fast import PRESETS, LossConfig, linear_policy_loss, policy_loss, reference
 from grpo_fast.advantages.group import group_advantages
-from grpo_fast.config import KL_ESTIMATORS, OBJECTIVES
 from grpo_fast.objective import objectives, weights
+from grpo_fast.presets import KL_ESTIMATORS, OBJECTIVES
 
 
 def test_group_advantages_by_hand():

@@ -16,9 +16,10 @@ from openrlhf.models.loss import PolicyLoss
 from openrlhf_cases import distance
 
 from grpo_fast import reference
-from grpo_fast.config import PRESETS, LossConfig
+from grpo_fast.config import LossConfig
 from grpo_fast.integrations.openrlhf.loss import FastPolicyLoss, chosen
 from grpo_fast.integrations.openrlhf.options import OWN
+from grpo_fast.presets import PRESETS
 
 BOUND, EXACT = 1e-6, 1e-12
 B, T = 6, 11

@@ -11,7 +11,7 @@ import torch
 from test_flops import TABLE, measured
 
 from grpo_fast import PRESETS
-from grpo_fast.config import AGGREGATIONS
+from grpo_fast.presets import AGGREGATIONS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 VARIANTS = (

@@ -14,9 +14,9 @@ import row_checks
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from grpo_fast.config import OBJECTIVES  # noqa: E402
 from grpo_fast.kernels.lang import one_minus_exp  # noqa: E402
 from grpo_fast.objective import objectives  # noqa: E402
+from grpo_fast.presets import OBJECTIVES  # noqa: E402
 
 
 @triton.jit

@@ -15,9 +15,9 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.workers.utils.padding import no_padding_2_padding
 
 from grpo_fast import LossConfig, reference
-from grpo_fast.config import PRESETS
 from grpo_fast.integrations.verl import losses as verl_losses
 from grpo_fast.integrations.verl import patch as adapter
+from grpo_fast.presets import PRESETS
 
 TOLERANCE = 1e-6
 # a loss is a sum of terms near 1 of both signs

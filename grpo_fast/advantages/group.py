@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from grpo_fast.config import nearest
+from grpo_fast.checks import nearest
 
 SCALES = ("group", "batch", "none")
 SCHEMES = ("linear", "softmax", "rank", "rejection")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from grpo_fast.config import LEVELS, PRESETS, LossConfig
+from grpo_fast.config import LossConfig
 from grpo_fast.engine.chunks import COLUMNS_FIRST, chunk_size, round_up
 from grpo_fast.objective.batch import needs_sequences
 from grpo_fast.plan.route import Facts, choose
+from grpo_fast.presets import LEVELS, PRESETS
 
 _EXAMPLES = """\
 examples:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from grpo_fast.config import OBJECTIVES, PRESETS, nearest
+from grpo_fast.checks import nearest
+from grpo_fast.presets import OBJECTIVES, PRESETS
 
 # the number of an objective that a field of LossConfig stands behind
 _BEHIND = {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast import checks
-from grpo_fast.config import OBJECTIVES, LossConfig
+from grpo_fast.config import LossConfig
+from grpo_fast.presets import OBJECTIVES
 from grpo_fast.rows import Rows, boundaries_on, check_temperature, flat_mask, flatten, per_token
 
 from . import objectives

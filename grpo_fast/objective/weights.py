@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_fast.config import AGGREGATIONS, LossConfig
+from grpo_fast.config import LossConfig
+from grpo_fast.presets import AGGREGATIONS
 
 
 def boundaries(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:

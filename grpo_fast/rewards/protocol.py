@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from grpo_fast.config import nearest
+from grpo_fast.checks import nearest
 
 from .checks import check_kinds, check_values, check_weights
 

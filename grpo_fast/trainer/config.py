@@ -10,7 +10,8 @@ import torch
 from transformers import TrainingArguments
 
 from grpo_fast.advantages.group import ADVANTAGES, SCHEMES, check_estimator, check_weighting
-from grpo_fast.config import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS, LossConfig
+from grpo_fast.config import LossConfig
+from grpo_fast.presets import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS
 
 _SCALES = {True: "group", False: "none", "True": "group", "False": "none"}
 # (option, keyword of `reward_weights`)

@@ -10,8 +10,9 @@ from typing import Any
 from openrlhf.models.loss import PolicyLoss
 
 from grpo_fast.checks import fail
-from grpo_fast.config import OBJECTIVES, PRESETS, LossConfig
+from grpo_fast.config import LossConfig
 from grpo_fast.integrations.names import renamed
+from grpo_fast.presets import OBJECTIVES, PRESETS
 
 # fields of LossConfig for which OpenRLHF has an option, a term or an argument of its own
 OWN = {

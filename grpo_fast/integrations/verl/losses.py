@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.config import PRESETS, LossConfig
+from grpo_fast.config import LossConfig
 from grpo_fast.integrations.names import check_options, renamed
 from grpo_fast.objective.token_losses import TokenLosses, token_losses
+from grpo_fast.presets import PRESETS
 
 __all__ = ["TESTED", "WORKS", "register", "registered", "unregister"]
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from grpo_fast.config import PRESETS
 from grpo_fast.models.head import check_head, find_head
+from grpo_fast.presets import PRESETS
 
 from .head import FusedLinearForPPO, fused_forward, linear_cross_entropy
 from .losses import WORKS, register, registered, unregister
