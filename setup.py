@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "grpo_fast/__init__.py").read_text()).group(1)
@@ -34,13 +34,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # kernels/ has no __init__.py: CONTRIBUTING.md, "Where the kernels live", says why.
-    packages=[
-        "grpo_fast",
-        "grpo_fast.integrations",
-        "grpo_fast.integrations.swift_plugin",
-        "grpo_fast.rewards",
-        "grpo_fast.kernels",
-    ],
+    # The package itself, and the kernels, which a checkout keeps at the top level.
+    packages=[*find_packages(include=["grpo_fast", "grpo_fast.*"]), "grpo_fast.kernels"],
     package_dir={"grpo_fast.kernels": "kernels"},
     package_data={"grpo_fast": ["py.typed"]},
     install_requires=[

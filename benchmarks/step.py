@@ -26,8 +26,8 @@ from torch import nn
 from transformers import PrinterCallback
 from turns import Stepped, Turns
 
-from grpo_fast.models.policy import load_policy, load_processing
-from grpo_fast.rollout.hf import Rollouts
+from grpo_fast.models.loading import load_policy, load_processing
+from grpo_fast.rollout.rollouts import Rollouts
 
 __all__ = ["CASES", "CONTESTANTS", "LEVEL", "StepCase", "measure", "trainer"]
 

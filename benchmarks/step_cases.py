@@ -14,8 +14,10 @@ import torch
 from transformers import GenerationConfig
 
 from grpo_fast.cli import demo
-from grpo_fast.models.policy import attach, load_policy, load_processing
-from grpo_fast.rollout.hf import Rollouts, generate
+from grpo_fast.models.loading import load_policy, load_processing
+from grpo_fast.models.policy import attach
+from grpo_fast.rollout.hf import generate
+from grpo_fast.rollout.rollouts import Rollouts
 
 
 @dataclass(frozen=True)

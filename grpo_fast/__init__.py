@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # The trainer needs transformers, which takes seconds to import and is an optional extra.
-_LAZY = {"GRPOConfig": "trainer_config", "GRPOTrainer": "trainer"}
+_LAZY = {"GRPOConfig": "trainer.config", "GRPOTrainer": "trainer.grpo"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss
-from grpo_fast.models.policy import attach, check_head, find_head
+from grpo_fast.models.head import find_head
+from grpo_fast.models.policy import attach, check_head
 
 CHECKS = []
 

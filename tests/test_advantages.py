@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from grpo_fast import PRESETS
 from grpo_fast.advantages.group import (
-    ADVANTAGES,
-    SCHEMES,
-    advantages_of,
     centered_advantages,
     group_advantages,
     leave_one_out_advantages,
-    reward_weights,
 )
+from grpo_fast.advantages.reward_weights import SCHEMES, reward_weights
+from grpo_fast.advantages.table import ADVANTAGES, advantages_of
 
 NAN = float("nan")
 WEIGHTINGS = [

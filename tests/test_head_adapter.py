@@ -6,7 +6,8 @@ from test_models import lora
 from tiny import tiny
 
 from grpo_fast.engine.logprob import linear_logprob
-from grpo_fast.models.policy import attach, find_head
+from grpo_fast.models.head import find_head
+from grpo_fast.models.policy import attach
 
 
 def test_an_adapter_on_the_head_is_part_of_it():

@@ -17,7 +17,8 @@ from liger_cases import (
 )
 from liger_parity import compare, distance, liger
 
-from grpo_fast.integrations.liger.linear import LigerFusedLinearGRPOLoss, triton_grpo_loss
+from grpo_fast.integrations.liger.linear import LigerFusedLinearGRPOLoss
+from grpo_fast.integrations.liger.logits import triton_grpo_loss
 
 BOUND = 1e-5
 # (name, default) in the order of Liger 0.8.5

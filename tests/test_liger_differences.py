@@ -11,7 +11,8 @@ from loss_cases import relative
 from test_liger import BOUND, FORWARD, agree
 
 from grpo_fast.integrations import rollout_ratio
-from grpo_fast.integrations.liger.linear import LigerFusedLinearGRPOLoss, triton_grpo_loss
+from grpo_fast.integrations.liger.linear import LigerFusedLinearGRPOLoss
+from grpo_fast.integrations.liger.logits import triton_grpo_loss
 
 
 def test_luspo_sums_the_unmasked_tokens_and_liger_spreads_a_length():

@@ -14,18 +14,10 @@ from tiny import tiny
 from torch import nn
 
 from grpo_fast.engine.logprob import linear_logprob
-from grpo_fast.models.policy import (
-    Head,
-    ReferencePolicy,
-    attach,
-    check_head,
-    detach,
-    find_head,
-    innermost,
-    is_attached,
-    load_policy,
-    load_processing,
-)
+from grpo_fast.models.head import Head, find_head, innermost
+from grpo_fast.models.loading import load_policy, load_processing
+from grpo_fast.models.policy import attach, check_head, detach, is_attached
+from grpo_fast.models.reference import ReferencePolicy
 
 TOKENS = torch.tensor([[5, 9, 2, 40, 17, 33]])
 TRANSFORMS = {

@@ -12,14 +12,8 @@ import torch
 from rich.console import Console
 from tiny_trainer import dataset, trainer
 
-from grpo_fast.trainer.reporting import (
-    CompletionLog,
-    Metrics,
-    add_rollouts,
-    loss_metrics,
-    plain,
-    print_table,
-)
+from grpo_fast.trainer.metrics import Metrics, add_rollouts, loss_metrics
+from grpo_fast.trainer.reporting import CompletionLog, plain, print_table
 
 NAN = math.nan
 TRL_NAMES = {

@@ -33,7 +33,8 @@ from transformers import (
 
 from grpo_fast.integrations import swift as adapter
 from grpo_fast.integrations.swift import patch_swift, unpatch_swift
-from grpo_fast.models.policy import attach, find_head
+from grpo_fast.models.head import find_head
+from grpo_fast.models.policy import attach
 
 TOLERANCE = 1e-5
 SHAPE = {

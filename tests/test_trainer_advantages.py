@@ -11,7 +11,9 @@ from test_trainer_loss import double, logprobs
 from tiny_trainer import Recording, config, relative, spread_reward, trainer
 
 from grpo_fast import PRESETS, GRPOConfig, LossConfig
-from grpo_fast.advantages.group import SCHEMES, advantages_of, group_advantages
+from grpo_fast.advantages.group import group_advantages
+from grpo_fast.advantages.reward_weights import SCHEMES
+from grpo_fast.advantages.table import advantages_of
 
 # They weigh the sampler's own log-probs against the policy's, and `Rollouts` holds tokens alone:
 # Hugging Face generate samples from the policy itself.

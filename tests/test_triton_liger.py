@@ -12,7 +12,7 @@ from liger_cases import KINDS, Options, data, from_logits, logits_of, token_trut
 from liger_parity import distance, few, liger
 from triton.runtime.errors import InterpreterError
 
-from grpo_fast.integrations.liger.linear import triton_grpo_loss
+from grpo_fast.integrations.liger.logits import triton_grpo_loss
 
 BOUND = 1e-5
 

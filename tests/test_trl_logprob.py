@@ -31,7 +31,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer import utils
 
 from grpo_fast.integrations.trl import logprob as trl_logprob
-from grpo_fast.integrations.trl.trainer import patch_trl, unpatch_trl
+from grpo_fast.integrations.trl.logprob import patch_trl, unpatch_trl
 
 TOLERANCE = 1e-5
 ONLINE = ("num_generations", "max_completion_length", "temperature", "epsilon", "epsilon_high")

@@ -14,7 +14,7 @@ from tiny_trainer import VOCAB, dataset, spread_reward
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo_fast.models.policy import load_processing
+from grpo_fast.models.loading import load_processing
 
 COMPARED = ("grad_norm", "kl", "entropy", "cispo_clip_ratio", "policy_loss")
 COMPARED += tuple(f"clip_ratio/{n}" for n in ("low_mean", "high_mean", "region_mean"))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast import linear_logprob
-from grpo_fast.models.policy import attach, find_head, is_attached
+from grpo_fast.models.head import find_head
+from grpo_fast.models.policy import attach, is_attached
 
 from .liger.linear import LigerFusedLinearGRPOLoss
 

@@ -1,0 +1,6 @@
+"""Where the objective and the engine meet: the losses, their routes, metrics and torch.compile."""
+
+from .linear import linear_policy_loss
+from .logits import policy_loss
+
+__all__ = ["linear_policy_loss", "policy_loss"]

@@ -7,38 +7,17 @@ FSDP wrappers, so their hooks fire as in any other forward.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
-import torch
-import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
-from transformers.utils import is_flash_attn_2_available
 
-from .head import TRANSFORM, Head, backbone, check_head, evaluating, find_head, innermost
-
-__all__ = [
-    "Head",
-    "ReferencePolicy",
-    "attach",
-    "check_head",
-    "detach",
-    "evaluating",
-    "find_head",
-    "innermost",
-    "is_attached",
-    "load_policy",
-    "load_processing",
-]
+from .head import TRANSFORM, backbone, check_head, find_head, innermost
 
 _MARK = "_grpo_fast_previous"
 
@@ -161,125 +140,3 @@ def _through_head(
     return head_fn(hidden.to(head.weight.dtype), head)
 
 
-def load_policy(
-    name_or_path: str,
-    *,
-    attn_implementation: str | None = None,
-    gguf_file: str | None = None,
-    **init_kwargs: Any,
-) -> PreTrainedModel:
-    """Load a causal language model to be trained.
-
-    Args:
-        name_or_path: a hub name or a folder.
-        attn_implementation: None picks flash_attention_2 when flash-attn is installed, a GPU is
-            there and `dtype` is fp16 or bf16 (its kernels take nothing else); otherwise what
-            transformers prefers for the family, sdpa where it can.
-        gguf_file: a GGUF file in that place. Its weights are unpacked to `dtype`, and the model
-            carries no quantization config, so it can be trained and saved.
-        init_kwargs: passed to `from_pretrained`. `dtype` is float32 unless given.
-    """
-    init_kwargs.setdefault("dtype", torch.float32)
-    half = str(init_kwargs["dtype"]).removeprefix("torch.") in ("float16", "bfloat16")
-    if attn_implementation is None and half and torch.cuda.is_available():
-        attn_implementation = "flash_attention_2" if is_flash_attn_2_available() else None
-    if gguf_file is None:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, attn_implementation=attn_implementation, **init_kwargs
-        )
-    # Newer versions keep the blocks packed, untrainable, when a kernel for them is at hand.
-    config_class = getattr(transformers, "GgufConfig", None)
-    if config_class is not None:
-        init_kwargs["quantization_config"] = config_class(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        name_or_path, gguf_file=gguf_file, attn_implementation=attn_implementation, **init_kwargs
-    )
-    if getattr(loaded, "hf_quantizer", None) is None:
-        return loaded
-    config = copy.deepcopy(loaded.config)
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=loaded.dtype, attn_implementation=loaded.config._attn_implementation
-    )
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    return model.to(loaded.device).eval()
-
-
-def load_processing(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with padding on the left and a pad token (the EOS when it has none).
-
-    Raises:
-        ValueError: the tokenizer has neither a pad token nor an EOS token.
-    """
-    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **extra)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"name_or_path: the tokenizer of {name_or_path} has no EOS token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-class ReferencePolicy:
-    """The policy that the KL term compares with.
-
-    A full model is copied once, frozen and in eval mode. Of a PEFT model nothing is copied: the
-    reference is the same model with its adapter switched off.
-    """
-
-    def __init__(self, model: nn.Module, peft: bool) -> None:
-        self.peft = peft
-        if peft:
-            while not hasattr(model, "disable_adapter"):
-                if not isinstance(getattr(model, "module", None), nn.Module):
-                    raise ValueError(f"model: expected a PeftModel, got {type(model).__name__}")
-                model = model.module
-            self.model = model
-        else:
-            self.model = copy.deepcopy(model).requires_grad_(False).eval()
-
-    def logprobs(self, fn: Callable[[nn.Module], Any]) -> Any:
-        """Return `fn(reference)`, without gradients, in eval mode and without the adapter."""
-        if not self.peft:
-            with torch.no_grad():
-                return fn(self.model)
-        with torch.no_grad(), evaluating(self.model), self.model.disable_adapter():
-            return fn(self.model)
-
-    @torch.no_grad()
-    def sync(self, model: nn.Module, alpha: float) -> None:
-        """`reference = (1 - alpha) * reference + alpha * model`, parameter by parameter.
-
-        The moving reference of "Learn Your Reference Model for Real Good Alignment" (TR-DPO, 2024).
-
-        Raises:
-            ValueError: alpha is not in (0, 1]; the reference is an adapter switched off; or the
-                parameters of `model` have other names or shapes.
-        """
-        if self.peft:
-            raise ValueError("sync: the reference of a PEFT model is its base and cannot move")
-        if not 0 < alpha <= 1:
-            raise ValueError(f"alpha: expected a number in (0, 1], got {alpha}")
-        ours = dict(innermost(self.model).named_parameters())
-        theirs = dict(innermost(model).named_parameters())
-        if [(n, p.shape) for n, p in ours.items()] != [(n, p.shape) for n, p in theirs.items()]:
-            raise ValueError("model: its parameters are not those the reference was made from")
-        for name, reference in ours.items():
-            reference.lerp_(theirs[name].to(reference), alpha)
-
-    def state_dict(self) -> dict[str, Tensor] | None:
-        """Return the weights of the reference, or None when it is an adapter switched off."""
-        return None if self.peft else self.model.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
-        """Restore what `state_dict` returned.
-
-        Raises:
-            ValueError: a PEFT reference is given weights, or a full one is given None.
-        """
-        if (state is None) != self.peft:
-            kind = "None" if self.peft else "a state dict"
-            raise ValueError(f"state: expected {kind} for this reference, got the other")
-        if state is not None:
-            self.model.load_state_dict(state)

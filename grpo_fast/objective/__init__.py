@@ -1,0 +1,1 @@
+"""(N,): what a token costs and how much it counts. It knows no vocabulary."""

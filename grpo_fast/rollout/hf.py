@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +13,11 @@ from transformers.generation import GenerationMode
 
 from grpo_fast.models.head import backbone, evaluating, innermost
 
+from .rollouts import Rollouts
+
 # `generate` replaces an unset field by the checkpoint's own generation_config, and an unset top_k
 # by 50. Either samples from another distribution than the loss assumes.
 _SAMPLING_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
-
-
-@dataclass
-class Rollouts:
-    """P prompts with G completions each, prompt after prompt.
-
-    Args:
-        prompt_ids: P * G prompts, without padding.
-        completion_ids: P * G completions: the EOS token included when it was sampled, and nothing
-            after it.
-        truncated: P * G flags, True where no EOS was sampled.
-    """
-
-    prompt_ids: list[list[int]]
-    completion_ids: list[list[int]]
-    truncated: list[bool]
 
 
 @torch.no_grad()

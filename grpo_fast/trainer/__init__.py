@@ -1,0 +1,16 @@
+"""The loops on transformers.Trainer. A name is imported on first use, and transformers with it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {"GRPOConfig": "config", "GRPOTrainer": "grpo", "RolloutTrainer": "loop"}
+
+__all__ = ["GRPOConfig", "GRPOTrainer", "RolloutTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

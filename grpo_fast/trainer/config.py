@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from grpo_fast.advantages.group import ADVANTAGES, SCHEMES, check_estimator, check_weighting
+from grpo_fast.advantages.reward_weights import SCHEMES, check_weighting
+from grpo_fast.advantages.table import ADVANTAGES, check_estimator
 from grpo_fast.config import LossConfig
 from grpo_fast.presets import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS
 

@@ -16,7 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from grpo_fast.advantages.group import advantages_of
+from grpo_fast.advantages.table import advantages_of
 from grpo_fast.loss.linear import linear_policy_loss
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.packing import (
@@ -26,21 +26,16 @@ from grpo_fast.models.packing import (
     default_row_length,
     pack,
 )
-from grpo_fast.models.policy import ReferencePolicy, attach
+from grpo_fast.models.policy import attach
+from grpo_fast.models.reference import ReferencePolicy
 from grpo_fast.rewards import RewardSet, weighted
-from grpo_fast.rollout.hf import Rollouts, generate
+from grpo_fast.rollout.hf import generate
+from grpo_fast.rollout.rollouts import Rollouts
 
 from .config import GRPOConfig
 from .loop import Example, MicroBatch, RolloutTrainer, StepCallback
-from .reporting import (
-    CompletionLog,
-    Curves,
-    Metrics,
-    MetricsFile,
-    Progress,
-    add_rollouts,
-    loss_metrics,
-)
+from .metrics import Metrics, add_rollouts, loss_metrics
+from .reporting import CompletionLog, Curves, MetricsFile, Progress
 from .sampler import check_prompts, column_names, is_conversational
 from .setup import check_arguments, generation_of, policy_of, prompt_room, tokenizer_of
 

@@ -20,7 +20,7 @@ from grpo_fast.models.head import evaluating
 from grpo_fast.objective import weights
 
 from . import checkpoint
-from .reporting import Metrics
+from .metrics import Metrics
 from .sampler import ShardSampler, WindowSampler, check_dataset
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from grpo_fast.models.policy import load_policy, load_processing
+from grpo_fast.models.loading import load_policy, load_processing
 
 from .config import GRPOConfig
 from .sampler import check_dataset

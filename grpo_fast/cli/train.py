@@ -1,0 +1,158 @@
+"""`grpo-fast train`: model, data and rewards of the options, and the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .options import ScriptArguments
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def train(script: ScriptArguments, config: dict[str, Any]) -> None:
+    """Train as the options say, save the model, and print where everything is.
+
+    Args:
+        script: model, data and rewards.
+        config: the fields of `GRPOConfig` that were set.
+
+    Raises:
+        ValueError: for anything that cannot be loaded or does not fit, before training starts.
+    """
+    from grpo_fast.trainer.config import GRPOConfig
+    from grpo_fast.trainer.grpo import GRPOTrainer
+
+    args = GRPOConfig(**config)
+    rewards = load_rewards(script)
+    train_dataset, eval_dataset = load_datasets(script, args.seed)
+    if script.gguf_file is not None:
+        args.model_init_kwargs = {**(args.model_init_kwargs or {}), "gguf_file": script.gguf_file}
+    trainer = GRPOTrainer(
+        model=script.model,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=_lora(script),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        print(f"model, metrics.jsonl, curves and checkpoints: {Path(args.output_dir).resolve()}")
+
+
+def load_datasets(script: ScriptArguments, seed: int) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those held out at the end when `eval_size` asks for some.
+
+    Both have a column `prompt`, and every other column of the source for the reward functions.
+
+    Args:
+        script: where the rows come from.
+        seed: of a reasoning-gym dataset that `dataset_kwargs` gives none.
+
+    Raises:
+        ValueError: for a source that cannot be read, no rows, or no such column.
+    """
+    rows = _load_rows(script, seed)
+    if len(rows) == 0:
+        raise ValueError(f"dataset {script.dataset!r}: expected rows, got an empty dataset.")
+    column = script.prompt_column
+    if column not in rows.column_names:
+        raise ValueError(
+            f"prompt_column: dataset {script.dataset!r} has no column {column!r}, only "
+            f"{', '.join(rows.column_names)}."
+        )
+    if column != "prompt":
+        if "prompt" in rows.column_names:
+            raise ValueError(
+                f"prompt_column: expected no column 'prompt' beside {column!r} in dataset "
+                f"{script.dataset!r}."
+            )
+        rows = rows.rename_column(column, "prompt")
+    if script.chat:
+        rows = rows.map(_as_message)
+    if script.eval_size >= len(rows):
+        raise ValueError(
+            f"eval_size: expected fewer than the {len(rows)} rows of the dataset, got "
+            f"{script.eval_size}."
+        )
+    if script.eval_size == 0:
+        return rows, None
+    kept = len(rows) - script.eval_size
+    return rows.select(range(kept)), rows.select(range(kept, len(rows)))
+
+
+def load_rewards(script: ScriptArguments) -> list[Any]:
+    """The rewards that the options name, as `GRPOTrainer` takes them.
+
+    Raises:
+        ValueError: for a function or a task that cannot be loaded.
+    """
+    from grpo_fast.rewards import load_function, reasoning_gym_reward
+
+    from .options import REASONING_GYM
+
+    rewards = []
+    for spec in script.reward or [script.dataset]:
+        if spec.startswith(REASONING_GYM):
+            rewards.append(reasoning_gym_reward(spec.removeprefix(REASONING_GYM)))
+        # a checkpoint folder may have a colon in its path, a module has none
+        elif ":" in spec and not Path(spec).exists():
+            rewards.append(load_function(spec))
+        else:
+            rewards.append(spec)
+    return rewards
+
+
+def _load_rows(script: ScriptArguments, seed: int) -> Dataset:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    from grpo_fast.rewards import reasoning_gym_dataset
+
+    from .options import REASONING_GYM
+
+    name, kwargs = script.dataset, dict(script.dataset_kwargs or {})
+    if name.startswith(REASONING_GYM):
+        if script.dataset_split != "train":
+            raise ValueError("dataset_split: a reasoning-gym task has no splits; use eval_size.")
+        settings = {"size": 1000, "seed": seed, **kwargs}
+        return reasoning_gym_dataset(name.removeprefix(REASONING_GYM), **settings)
+    kind = _FORMATS.get(Path(name).suffix)
+    if kind is not None and not Path(name).is_file():
+        raise ValueError(f"dataset: no file {name!r}.")
+    if kind is not None and Path(name).stat().st_size == 0:
+        raise ValueError(f"dataset {name!r}: expected rows, got an empty file.")
+    source = {"path": name} if kind is None else {"path": kind, "data_files": name}
+    try:
+        return load_dataset(**source, split=script.dataset_split, **kwargs)
+    # the boundary to datasets: its readers raise whatever theirs do, and do not name the file
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+        raise ValueError(f"dataset {name!r} cannot be loaded: {cause}") from error
+
+
+def _as_message(row: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(row["prompt"], str):
+        raise ValueError(f"chat: expected string prompts, got {type(row['prompt']).__name__}.")
+    return {"prompt": [{"role": "user", "content": row["prompt"]}]}
+
+
+def _lora(script: ScriptArguments) -> Any:
+    if script.lora_r is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("lora_r: expected peft to be installed: pip install peft.") from error
+    return LoraConfig(
+        r=script.lora_r,
+        lora_alpha=2 * script.lora_r if script.lora_alpha is None else script.lora_alpha,
+        lora_dropout=script.lora_dropout,
+        target_modules=script.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )

@@ -1,0 +1,76 @@
+"""Loading a causal language model and its tokenizer, from a hub name, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_flash_attn_2_available
+
+
+def load_policy(
+    name_or_path: str,
+    *,
+    attn_implementation: str | None = None,
+    gguf_file: str | None = None,
+    **init_kwargs: Any,
+) -> PreTrainedModel:
+    """Load a causal language model to be trained.
+
+    Args:
+        name_or_path: a hub name or a folder.
+        attn_implementation: None picks flash_attention_2 when flash-attn is installed, a GPU is
+            there and `dtype` is fp16 or bf16 (its kernels take nothing else); otherwise what
+            transformers prefers for the family, sdpa where it can.
+        gguf_file: a GGUF file in that place. Its weights are unpacked to `dtype`, and the model
+            carries no quantization config, so it can be trained and saved.
+        init_kwargs: passed to `from_pretrained`. `dtype` is float32 unless given.
+    """
+    init_kwargs.setdefault("dtype", torch.float32)
+    half = str(init_kwargs["dtype"]).removeprefix("torch.") in ("float16", "bfloat16")
+    if attn_implementation is None and half and torch.cuda.is_available():
+        attn_implementation = "flash_attention_2" if is_flash_attn_2_available() else None
+    if gguf_file is None:
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_path, attn_implementation=attn_implementation, **init_kwargs
+        )
+    # Newer versions keep the blocks packed, untrainable, when a kernel for them is at hand.
+    config_class = getattr(transformers, "GgufConfig", None)
+    if config_class is not None:
+        init_kwargs["quantization_config"] = config_class(dequantize=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        name_or_path, gguf_file=gguf_file, attn_implementation=attn_implementation, **init_kwargs
+    )
+    if getattr(loaded, "hf_quantizer", None) is None:
+        return loaded
+    config = copy.deepcopy(loaded.config)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=loaded.dtype, attn_implementation=loaded.config._attn_implementation
+    )
+    model.load_state_dict(loaded.state_dict())
+    model.generation_config = loaded.generation_config
+    return model.to(loaded.device).eval()
+
+
+def load_processing(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer, with padding on the left and a pad token (the EOS when it has none).
+
+    Raises:
+        ValueError: the tokenizer has neither a pad token nor an EOS token.
+    """
+    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **extra)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"name_or_path: the tokenizer of {name_or_path} has no EOS token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,79 @@
+"""The policy that the KL is against: a frozen copy, or the model without its adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_fast.models.head import (
+    evaluating,
+    innermost,
+)
+
+
+class ReferencePolicy:
+    """The policy that the KL term compares with.
+
+    A full model is copied once, frozen and in eval mode. Of a PEFT model nothing is copied: the
+    reference is the same model with its adapter switched off.
+    """
+
+    def __init__(self, model: nn.Module, peft: bool) -> None:
+        self.peft = peft
+        if peft:
+            while not hasattr(model, "disable_adapter"):
+                if not isinstance(getattr(model, "module", None), nn.Module):
+                    raise ValueError(f"model: expected a PeftModel, got {type(model).__name__}")
+                model = model.module
+            self.model = model
+        else:
+            self.model = copy.deepcopy(model).requires_grad_(False).eval()
+
+    def logprobs(self, fn: Callable[[nn.Module], Any]) -> Any:
+        """Return `fn(reference)`, without gradients, in eval mode and without the adapter."""
+        if not self.peft:
+            with torch.no_grad():
+                return fn(self.model)
+        with torch.no_grad(), evaluating(self.model), self.model.disable_adapter():
+            return fn(self.model)
+
+    @torch.no_grad()
+    def sync(self, model: nn.Module, alpha: float) -> None:
+        """`reference = (1 - alpha) * reference + alpha * model`, parameter by parameter.
+
+        The moving reference of "Learn Your Reference Model for Real Good Alignment" (TR-DPO, 2024).
+
+        Raises:
+            ValueError: alpha is not in (0, 1]; the reference is an adapter switched off; or the
+                parameters of `model` have other names or shapes.
+        """
+        if self.peft:
+            raise ValueError("sync: the reference of a PEFT model is its base and cannot move")
+        if not 0 < alpha <= 1:
+            raise ValueError(f"alpha: expected a number in (0, 1], got {alpha}")
+        ours = dict(innermost(self.model).named_parameters())
+        theirs = dict(innermost(model).named_parameters())
+        if [(n, p.shape) for n, p in ours.items()] != [(n, p.shape) for n, p in theirs.items()]:
+            raise ValueError("model: its parameters are not those the reference was made from")
+        for name, reference in ours.items():
+            reference.lerp_(theirs[name].to(reference), alpha)
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """Return the weights of the reference, or None when it is an adapter switched off."""
+        return None if self.peft else self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: a PEFT reference is given weights, or a full one is given None.
+        """
+        if (state is None) != self.peft:
+            kind = "None" if self.peft else "a state dict"
+            raise ValueError(f"state: expected {kind} for this reference, got the other")
+        if state is not None:
+            self.model.load_state_dict(state)
