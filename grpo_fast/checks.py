@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -10,9 +13,33 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def fail(name: str, expected: str, got: object) -> None:
+class ArgumentError(ValueError):
+    """A wrong argument: `argument: expected A, got B.`, or `...; hint`.
+
+    Args:
+        argument: its name.
+        expected: what it may be, in words.
+        got: what came: a value, or a description of it.
+        hint: the end of the sentence, such as what to use instead.
+    """
+
+    def __init__(self, argument: str, expected: str, got: object, hint: str = "") -> None:
+        self.argument, self.expected, self.got, self.hint = argument, expected, got, hint
+        tail = f"; {hint}" if hint else "."
+        super().__init__(f"{argument}: expected {expected}, got {got}{tail}")
+
+    def __reduce__(self) -> tuple:
+        # an exception is pickled with its message alone, and this one has four arguments
+        return type(self), (self.argument, self.expected, self.got, self.hint)
+
+    def about(self, argument: str) -> ArgumentError:
+        """The same error under another name of the argument."""
+        return type(self)(argument, self.expected, self.got, self.hint)
+
+
+def fail(name: str, expected: str, got: object, hint: str = "") -> NoReturn:
     """Raise the one form of error a caller sees."""
-    raise ValueError(f"{name}: expected {expected}, got {got}.")
+    raise ArgumentError(name, expected, got, hint)
 
 
 def describe(value: object) -> str:
@@ -161,6 +188,25 @@ def check_boundaries(values: list[int], n: int) -> None:
     if len(values) - 1 == n and values != list(range(n + 1)):
         expected = "(N,) or (S,), which are one here: make every sequence one token or none empty"
         fail("advantages", expected, f"S = N = {n} with an empty sequence")
+
+
+def no_double_backward(backward: Callable) -> Callable:
+    """A backward that cannot be differentiated, and says so where somebody asks for a graph of it.
+
+    torch's once_differentiable leaves a graph as if the gradients were constants when the upstream
+    gradient needs none: a gradient penalty would silently be 0.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *upstream):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "grpo_fast does not support double backward: its gradients are computed by hand, "
+                "and create_graph=True would silently leave out their own derivative."
+            )
+        return backward(ctx, *upstream)
+
+    return wrapper
 
 
 def nearest(name: object, known: tuple[str, ...] | list[str]) -> str:

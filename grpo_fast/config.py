@@ -7,7 +7,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, fields
 
-from grpo_fast.checks import nearest
+from grpo_fast.checks import fail, nearest
 from grpo_fast.presets import (
     AGGREGATIONS,
     KL_ESTIMATORS,
@@ -27,7 +27,7 @@ def _check_number(
     bound = f"{'>' if above else '>='} {low:g}"
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value < low or (above and value == low):
-        raise ValueError(f"{name} must be a finite number {bound}, got {value!r}.")
+        fail(name, f"a finite number {bound}", repr(value))
 
 
 # fields that are numbers of at least 0: whether above 0, whether None is allowed
@@ -64,7 +64,7 @@ class LossConfig:
         loss = sum(w * (token_loss + beta [r] kl(logp, ref_logp) - entropy_coef * entropy))
 
     Raises:
-        ValueError: for an unknown name (the nearest one is suggested), a number out of range, or an
+        ArgumentError: an unknown name (the nearest one is suggested), a number out of range, or an
             option that the loss type has no use for.
     """
 
@@ -138,23 +138,15 @@ class LossConfig:
         for name, above, none in _NUMBERS:
             _check_number(name, getattr(self, name), 0.0, above=above, none=none)
         if not isinstance(self.use_bias_correction_kl, bool):
-            raise ValueError(
-                f"use_bias_correction_kl must be a bool, got {self.use_bias_correction_kl!r}."
-            )
+            fail("use_bias_correction_kl", "a bool", repr(self.use_bias_correction_kl))
         if self.top_entropy_quantile > 1.0:
-            raise ValueError(
-                f"top_entropy_quantile must be in (0, 1], got {self.top_entropy_quantile!r}."
-            )
+            fail("top_entropy_quantile", "a share in (0, 1]", repr(self.top_entropy_quantile))
         low, high = self.rollout_ratio_min, self.rollout_ratio_max
         if low is not None and high is not None and low > high:
-            raise ValueError(
-                f"rollout_ratio_min must be at most rollout_ratio_max = {high:g}, got {low:g}."
-            )
+            fail("rollout_ratio_min", f"at most rollout_ratio_max = {high:g}", f"{low:g}")
         if self.loss_type == "cispo" and self.cispo_ratio_min > self.upper_epsilon:
-            raise ValueError(
-                f"cispo_ratio_min must be at most epsilon_high = {self.upper_epsilon:g}, got "
-                f"{self.cispo_ratio_min:g}."
-            )
+            expected = f"at most epsilon_high = {self.upper_epsilon:g}"
+            fail("cispo_ratio_min", expected, f"{self.cispo_ratio_min:g}")
         self._check_delta()
         self._check_owned()
         self._check_length()
@@ -169,9 +161,7 @@ class LossConfig:
     def _check_names(self) -> None:
         if self.loss_type not in PRESETS:
             hint = nearest(self.loss_type, list(PRESETS))
-            raise ValueError(
-                f"loss_type: expected a known loss type, got {self.loss_type!r}; {hint}"
-            )
+            fail("loss_type", "a known loss type", repr(self.loss_type), hint)
         for name, known in (
             ("importance_sampling_level", LEVELS),
             ("aggregation", tuple(AGGREGATIONS)),
@@ -182,20 +172,18 @@ class LossConfig:
             value = getattr(self, name)
             optional = name in ("importance_sampling_level", "aggregation", "kl_gradient")
             if value not in known and not (optional and value is None):
-                raise ValueError(f"{name}: got {value!r}; {nearest(value, known)}")
+                fail(name, "a known name", repr(value), nearest(value, known))
         level, levels = self.importance_sampling_level, self.preset.levels
         if level is not None and level not in levels:
             expected = " or ".join(("None", *levels)) if levels else "None: it has no ratio"
-            raise ValueError(
-                f"importance_sampling_level: {self.loss_type} expects {expected}, got {level!r}."
-            )
+            fail("importance_sampling_level", f"{expected} with {self.loss_type}", repr(level))
 
     def _check_delta(self) -> None:
         if self.delta is None:
             return
         if "ratio_cap" not in OBJECTIVES[self.preset.objective].parameters:
             bounded = "already bounds the ratio" if self.loss_type == "cispo" else "has no such cap"
-            raise ValueError(f"delta: {self.loss_type} {bounded}, expected None, got a number.")
+            fail("delta", f"None: {self.loss_type} {bounded}", repr(self.delta))
         least = self.ratio_high if self.preset.objective == "clip" else 0.0
         _check_number("delta", self.delta, least, above=True)
 
@@ -205,21 +193,18 @@ class LossConfig:
             owner = f.name.split("_")[0]
             value = getattr(self, f.name)
             if owner in ("cispo", "sapo", "vespo") and f.name not in mine and value != f.default:
-                raise ValueError(
-                    f"{f.name}: only {owner} has it, {self.loss_type} expects {f.default}, "
-                    f"got {value!r}."
-                )
+                expected = f"{f.default} with {self.loss_type}, since only {owner} has it"
+                fail(f.name, expected, repr(value))
 
     def _check_length(self) -> None:
         length = self.max_completion_length
         if length is None and self.weights == "constant_length":
-            raise ValueError(
-                f"max_completion_length: {self.loss_type} divides by it, expected tokens, got None."
-            )
+            expected = f"a number of tokens: {self.loss_type} divides by it"
+            fail("max_completion_length", expected, None)
         if length is not None and (
             not isinstance(length, int) or isinstance(length, bool) or length < 1
         ):
-            raise ValueError(f"max_completion_length must be an integer >= 1, got {length!r}.")
+            fail("max_completion_length", "an integer >= 1", repr(length))
 
     @property
     def preset(self) -> Preset:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from grpo_fast.checks import fail
+
 VARIABLE = "GRPO_FAST_BACKEND"
 
 
@@ -26,7 +28,7 @@ class Backend(NamedTuple):
 def _choose(device: torch.device) -> tuple[str, str]:
     asked = os.environ.get(VARIABLE, "auto").lower() or "auto"
     if asked not in ("auto", "torch", "triton"):
-        raise ValueError(f"{VARIABLE} must be auto, torch or triton, got {asked!r}.")
+        fail(VARIABLE, "auto, torch or triton", repr(asked))
     if asked == "torch":
         return "torch", f"{VARIABLE}=torch"
     has_triton = importlib.util.find_spec("triton") is not None

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_fast.checks import fail
-
-from .handover import once
+from grpo_fast.checks import fail, no_double_backward
 
 
 def is_dtensor(value: object) -> bool:
@@ -36,7 +34,7 @@ class _Gather(torch.autograd.Function):
         return shard.full_tensor()
 
     @staticmethod
-    @once
+    @no_double_backward
     def backward(ctx, grad):
         from torch.distributed.tensor import DTensor, Partial
 
@@ -56,7 +54,7 @@ class _Whole(torch.autograd.Function):
         return parameter.data
 
     @staticmethod
-    @once
+    @no_double_backward
     def backward(ctx, grad):
         return grad
 

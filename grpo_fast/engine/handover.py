@@ -70,22 +70,3 @@ def apply(function: type[torch.autograd.Function], *args):
     """function.apply(*args), or its forward alone where an op hands the rest over."""
     context = getattr(_LOCAL, "context", None)
     return function.apply(*args) if context is None else function.forward(context, *args)
-
-
-def once(backward: Callable) -> Callable:
-    """A backward that cannot be differentiated, and says so where somebody asks for a graph of it.
-
-    torch's once_differentiable leaves a graph as if the gradients were constants when the upstream
-    gradient needs none: a gradient penalty would silently be 0.
-    """
-
-    @functools.wraps(backward)
-    def wrapper(ctx, *upstream):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "grpo_fast does not support double backward: its gradients are computed by hand, "
-                "and create_graph=True would silently leave out their own derivative."
-            )
-        return backward(ctx, *upstream)
-
-    return wrapper

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_fast import checks
+from grpo_fast.checks import no_double_backward
 from grpo_fast.rows import Rows, check_temperature, flat_mask, flatten
 
 from . import gemm
 from .backend import select
 from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
 from .gradients import HeadGradients, fp16_scale
-from .handover import apply, compilable, once
+from .handover import apply, compilable
 from .parallel import place
 
 
@@ -143,7 +144,7 @@ class _LinearLogProb(torch.autograd.Function):
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
-    @once
+    @no_double_backward
     def backward(ctx, dlogp, dentropy, dlse):
         *tensors, ids, stats, u = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:
@@ -285,7 +286,7 @@ class _LogProb(torch.autograd.Function):
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
     @staticmethod
-    @once
+    @no_double_backward
     def backward(ctx, dlogp, dentropy, dlse):
         logits, ids, active, stats = ctx.saved_tensors
         if dlogp is None and dentropy is None and dlse is None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from grpo_fast.checks import nearest
+from grpo_fast.checks import ArgumentError, nearest
 from grpo_fast.presets import OBJECTIVES, PRESETS
 
 # the number of an objective that a field of LossConfig stands behind
@@ -19,13 +18,13 @@ _BEHIND = {
 
 @contextmanager
 def renamed(names: dict[str, str]) -> Iterator[None]:
-    """A ValueError about one of our arguments names the caller's: names[ours] = theirs."""
+    """An `ArgumentError` about one of our arguments names the caller's: names[ours] = theirs."""
     try:
         yield
-    except ValueError as error:
-        # every message of ours begins with the name of the argument
-        text = re.sub(r"^\w+", lambda m: names.get(m[0], m[0]), str(error))
-        raise ValueError(text) from error
+    except ArgumentError as error:
+        # "lora A" is a part of lora
+        first, *part = error.argument.split(" ")
+        raise error.about(" ".join((names.get(first, first), *part))) from error
 
 
 def owned(loss_type: str, options: dict[str, object]) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_fast.engine.handover import once
+from grpo_fast.checks import no_double_backward
 
 
 class Attach(torch.autograd.Function):
@@ -22,7 +22,7 @@ class Attach(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once
+    @no_double_backward
     def backward(ctx, upstream):
         if ctx.gradients is None:
             raise RuntimeError(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast import checks
+from grpo_fast.checks import no_double_backward
 from grpo_fast.config import LossConfig
-from grpo_fast.engine.handover import once
 
 from .batch import Batch, prepare
 from .terms import Terms, evaluate
@@ -43,7 +43,7 @@ class _TokenLosses(torch.autograd.Function):
         return terms.loss, *kept, clipped
 
     @staticmethod
-    @once
+    @no_double_backward
     def backward(ctx, upstream: Tensor, *_) -> tuple[Tensor, None]:
         mask = ctx.batch.rows.mask
         weights = torch.where(mask, upstream, torch.zeros_like(upstream))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
 from grpo_fast.presets import AGGREGATIONS
 
@@ -18,8 +19,8 @@ def boundaries(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         rows, length = mask.shape
         return torch.arange(rows + 1, device=mask.device) * length
     if mask.dim() != 1:
-        raise ValueError(f"mask: expected (B, T), or packed (N,), got {tuple(mask.shape)}.")
-    raise ValueError("cu_seqlens: a packed (N,) batch needs its (S+1,) boundaries here, got None.")
+        fail("mask", "(B, T), or packed (N,)", tuple(mask.shape))
+    fail("cu_seqlens", "the (S+1,) boundaries of a packed (N,) batch", None)
 
 
 def sequence_sum(values: Tensor, bounds: Tensor) -> Tensor:
