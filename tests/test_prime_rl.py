@@ -181,7 +181,7 @@ def test_inputs_of_older_versions():
         ({"epsilon_hi": 0.3}, "epsilon_hi: .* did you mean 'epsilon_high'"),
         ({"temperature": 0.7}, "temperature: not an option here"),
         ({"aggregation": "sequence_mean"}, "aggregation: not an option here"),
-        ({"epsilon": -0.1}, "epsilon must be"),
+        ({"epsilon": -0.1}, "epsilon: expected"),
         ({"beta": 0.1}, "ref_logprobs: expected them with beta > 0"),
         ({"kl_against": "old"}, "kl_against: expected 'reference' or 'inference'"),
         ({"epsilon": [0.1, 0.2]}, "epsilon: expected a number, a string or a bool"),

@@ -165,7 +165,7 @@ def test_which_advantages(overrides, name, options, tmp_path):
             },
             "reward_weight_keep must be at most num_generations = 4, got 5",
         ),
-        ({"top_entropy_quantile": 0.0}, "top_entropy_quantile must be a finite number > 0"),
+        ({"top_entropy_quantile": 0.0}, "top_entropy_quantile: expected a finite number > 0"),
         ({"aggregation": "mean"}, "aggregation: got 'mean'"),
         ({"kl_gradient": "k4"}, "kl_gradient: got 'k4'"),
     ],

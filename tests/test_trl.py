@@ -241,11 +241,11 @@ REFUSED = {
     "entropy_coef with loss_type='sapo'": {"entropy_coef": 0.1, "loss_type": "sapo"},
     "entropy_coef with top_entropy_quantile": {"entropy_coef": 0.1, "top_entropy_quantile": 0.5},
     "router_aux_loss_coef": {"router_aux_loss_coef": 0.01},
-    "delta: cispo": {"loss_type": "cispo", "delta": 3.0},
-    "delta must be": {"delta": 1.01},
-    "entropy_coef must be": {"entropy_coef": -0.1},
-    "top_entropy_quantile must be": {"top_entropy_quantile": 0.0},
-    "beta must be": {"beta": -0.1},
+    "delta: expected None: cispo": {"loss_type": "cispo", "delta": 3.0},
+    "delta: expected": {"delta": 1.01},
+    "entropy_coef: expected": {"entropy_coef": -0.1},
+    "top_entropy_quantile: expected": {"top_entropy_quantile": 0.0},
+    "beta: expected": {"beta": -0.1},
 }
 
 

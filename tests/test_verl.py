@@ -188,9 +188,9 @@ def test_patching_again_keeps_what_was_registered():
         (("mine", "cispo"), {"epsilon": 0.1}, "epsilon: cispo has no use for it"),
         (("mine", "sapo"), {"epsilon_high": 0.1}, "epsilon_high: sapo has no use for it"),
         (("mine", "cispo"), {"delta": 3.0}, "delta: cispo has no use for it"),
-        (("mine", "dapo"), {"delta": 1.1}, "delta must be a finite number > 1.2"),
-        (("mine", "dapo"), {"epsilon": -1.0}, "epsilon must be"),
-        (("mine", "dapo"), {"vespo_k_pos": 1.0}, "vespo_k_pos: only vespo"),
+        (("mine", "dapo"), {"delta": 1.1}, "delta: expected a finite number > 1.2"),
+        (("mine", "dapo"), {"epsilon": -1.0}, "epsilon: expected"),
+        (("mine", "dapo"), {"vespo_k_pos": 1.0}, "vespo_k_pos: expected 2.0 with dapo, since only vespo"),
         (("vanilla", "dapo"), {}, "name: verl has a policy loss 'vanilla'"),
     ],
 )
