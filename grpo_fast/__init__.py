@@ -12,35 +12,49 @@ __version__ = "0.1.0"
 if not (Path(__file__).resolve().parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-# Imported at once and not on demand: `logprob` names a module as well as a function, and the
-# import system would bind the module here as soon as anything imports it.
-# `compiled` and `compiled_logprob` are there for what torch.compile finds in them.
+# `engine.compiled` is there for what torch.compile finds in its table.
 from .config import LossConfig
+from .engine import compiled  # noqa: F401
+from .engine.chunks import release_workspace
+from .engine.head import Head
 from .engine.logprob import LogProbs, linear_logprob, logprob
-from .loss import compiled, compiled_logprob  # noqa: F401
 from .loss.linear import linear_policy_loss
 from .loss.logits import policy_loss
+from .objective.terms import TokenTerms
+from .objective.token_losses import TokenLosses, token_losses
+from .objective.weights import count as denominator_count
 from .presets import PRESETS
 
 __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
+    "Head",
     "LogProbs",
     "LossConfig",
     "PRESETS",
+    "TokenLosses",
+    "TokenTerms",
     "__version__",
+    "attach",
+    "denominator_count",
     "linear_logprob",
     "linear_policy_loss",
     "logprob",
     "policy_loss",
+    "release_workspace",
+    "token_losses",
 ]
 
-# The trainer needs transformers, which takes seconds to import and is an optional extra.
-_LAZY = {"GRPOConfig": "trainer.config", "GRPOTrainer": "trainer.grpo"}
+# These need transformers, which takes seconds to import and is an optional extra.
+_LAZY = {
+    "GRPOConfig": "trainer.config",
+    "GRPOTrainer": "trainer.grpo",
+    "attach": "models.policy",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `GRPOConfig` or `GRPOTrainer` on first use."""
+    """Imports a name of `_LAZY` on first use."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

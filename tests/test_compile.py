@@ -7,7 +7,6 @@ import torch
 from loss_cases import make_case
 from torch._dynamo.backends.debugging import aot_eager
 
-import grpo_fast.loss.compiled  # noqa: F401
 from grpo_fast import (
     LossConfig,
     linear_logprob,
@@ -18,7 +17,6 @@ from grpo_fast import (
 )
 from grpo_fast.loss import metrics
 
-OPS = torch.ops.grpo_fast
 LORA_RANK = 3
 
 
@@ -297,32 +295,31 @@ def test_autocast_is_that_of_the_traced_region():
 
 
 def op_arguments(name: str, half=torch.float32):
-    """Arguments with which an op is checked, every optional tensor given."""
+    """Arguments with which the op is checked, every optional tensor given."""
     case = make_case()
     t = {k: v.requires_grad_() for k, v in leaves_of(case, half).items()}
     config = LossConfig(beta=0.1, top_entropy_quantile=0.5)
-    ones = torch.ones(4, 9)
-    lora = (t["bias"], t["A"], t["B"], 0.5)
-    head = (*lora, ones, 8.0, 1.0)
-    logp = (case.old_logp, case.ref_logp)
-    logits = torch.randn(4, 9, 77).to(half).requires_grad_()
-    rest = (torch.tensor(1.0), None, None, 12, False, None)
-    none = (None, None)
-    return {
-        "linear_policy_loss": (t["hidden"], t["weight"], case.ids, case.advantages, case.mask, None)
-        + (*logp, *none, case.old_logp, *head, *rest, None, config.text, None, [True] * 5),
-        "policy_loss": (logits, case.ids, case.advantages, case.mask, None, *logp, case.old_logp)
-        + (ones, *rest, config.text, [True]),
-        "linear_logprob": (t["hidden"], t["weight"], case.ids, case.mask, *lora, ones, None, 8.0)
-        + (1.0, None, None, [True] * 5),
-        "logprob": (logits, case.ids, case.mask, ones, None, [True]),
-    }[name]
+    head = {"hidden": t["hidden"], "weight": t["weight"], "bias": t["bias"]}
+    head |= {"lora_A": t["A"], "lora_B": t["B"]}
+    logits = {"logits": torch.randn(4, 9, 77).to(half).requires_grad_()}
+    tokens = {"ids": case.ids, "mask": case.mask, "temperature": torch.ones(4, 9)}
+    loss = {"advantages": case.advantages, "old_logp": case.old_logp, "ref_logp": case.ref_logp}
+    loss |= {"rollout_logp": case.old_logp, "entropy_threshold": torch.tensor(1.0)}
+    tensors = (head if name.startswith("linear") else logits) | tokens
+    if name.endswith("loss"):
+        tensors |= loss
+    leaves = [x.requires_grad for x in tensors.values() if x.is_floating_point()]
+    # lora_scale, softcap, logit_scale, temperature, threshold, denominator, max_rows, bytes
+    numbers = (0.5, 8.0, 1.0, None, None, 12, None, None)
+    text = "0" + config.text if name.endswith("loss") else ""
+    wanted = [True] * sum(leaves)
+    return (list(tensors.values()), name, " ".join(tensors), text, wanted, None, *numbers)
 
 
 @pytest.mark.parametrize("half", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["linear_policy_loss", "policy_loss", "linear_logprob", "logprob"])
 def test_opcheck(name, half):
-    torch.library.opcheck(getattr(OPS, name).default, op_arguments(name, half))
+    torch.library.opcheck(torch.ops.grpo_fast.opaque.default, op_arguments(name, half))
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -3,7 +3,7 @@ vocabulary-sized work of the library; everything behind it is (N,)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,14 @@ from grpo_fast import checks
 from grpo_fast.checks import no_double_backward
 from grpo_fast.rows import Rows, check_temperature, flat_mask, flatten
 
-from . import gemm
+from . import opaque
 from .backend import select
 from .chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
-from .gradients import HeadGradients, fp16_scale
-from .handover import apply, compilable
-from .parallel import place
+from .head import Head, as_head
+from .parallel import Placement, place
+from .passes import head_gradients, head_stats, stats_and_slope
+
+Upstream = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class LogProbs(NamedTuple):
@@ -32,171 +34,145 @@ class LogProbs(NamedTuple):
     """log sum exp(z)."""
 
 
-def head_stats(head: LinearHead, ids: Tensor, index: Tensor | None, n: int) -> Tensor:
-    """Forward over n listed rows: (4, N) logp, entropy, max, log-sum; zeros elsewhere. 2nHV
-    FLOPs."""
-    stats = torch.zeros(4, ids.numel(), dtype=head.dtype, device=ids.device)
-    compact = stats if index is None else torch.empty_like(stats[:, :n])
-    for chunk in head.chunks(index, n):
-        # a slice of (4, n) keeps its row stride, which the kernels take
-        head.backend.logprob_fwd(
-            chunk.logits, ids[chunk.place], compact[:, chunk.rows], **chunk.transform
-        )
-    if index is not None:
-        stats[:, index] = compact
-    return stats
+class Checked(NamedTuple):
+    """A call that nothing is wrong with."""
+
+    tensors: tuple[Tensor | None, ...]
+    """hidden (N, H), weight, bias, A and B, or the logits (B, T, V): what a gradient may be of."""
+    rows: Rows
+    options: dict[str, Any]
+    """The other arguments of the head, or of the row functions."""
+    placed: Placement | None = None
 
 
-def head_gradients(
-    head: LinearHead,
-    ids: Tensor,
-    stats: Tensor,
-    upstream: tuple[Tensor, Tensor | None, Tensor | None],
-    needs: Needs,
-    *,
-    index: Tensor | None = None,
-    main_grad: Tensor | None = None,
-) -> list[Tensor | None]:
-    """Backward from (dlogp, dlse, dentropy), each (N,): gradients of hidden, weight, bias, A, B.
-
-    Recomputes the logits of the rows in index, or, None, of those whose derivative is not exactly
-    0 (one host sync), and of no other. 6nHV FLOPs over those n rows; 4nHV when the weight is
-    frozen.
-    """
-    size = sum(g.abs() for g in upstream if g is not None)
-    if index is None:
-        # NaN is not 0: a poisoned row stays in
-        index = (size != 0).nonzero()[:, 0]
-    n = index.numel()
-    index = None if n == ids.numel() and head.mask is None else index
-    scale = fp16_scale(head.narrow, size)
-    if scale is not None:
-        upstream = tuple(None if g is None else g * scale for g in upstream)
-    grads = HeadGradients(head, needs, main_grad, scale)
-    columns_first = head.columns_first and needs.weight and n > head.chunk_rows
-    visit = _by_columns if columns_first else _by_rows
-    visit(head, ids, stats, upstream, grads, index, n)
-    return grads.finish()
+def named(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """logp, entropy and lse (N,) of statistics (4, N). Copies: what backward keeps must not change
+    with what the caller does to its results."""
+    return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
 
 
-def _by_rows(head, ids, stats, upstream, grads, index, n) -> None:
-    """The logits of a chunk of rows at a time, all products of them."""
-    for chunk in head.chunks(index, n):
-        place = chunk.place
-        out = head.gradient_view(chunk.logits)
-        dlogp, dlse, dentropy = (None if g is None else g[place] for g in upstream)
-        head.backend.logprob_bwd(
-            chunk.logits,
-            ids[place],
-            stats[:, place],
-            dlogp,
-            out,
-            dlse=dlse,
-            dentropy=dentropy,
-            **chunk.transform,
-        )
-        grads.add(chunk.hidden, out[0], place)
-
-
-def _by_columns(head, ids, stats, upstream, grads, index, n) -> None:
-    """The logits of a slice of the vocabulary at a time, for all rows: dweight is written once,
-    and dhidden is what adds up."""
-    hidden, place = head.gather(index, 0, n)
-    rows = slice(0, n) if index is None else index
-    ids, stats = ids[rows], stats[:, rows]
-    dlogp, dlse, dentropy = (None if g is None else g[rows] for g in upstream)
-    transform = head.transform(place)
-    V, padded = head.weight.shape[0], hidden.shape[0]
-    width = max(1, head.budget // (padded * head.dtype.itemsize))
-    # 128-bit loads of a slice's rows need its width to be a multiple of 4
-    width = min(V, max(16, width // 16 * 16))
-    for start in range(0, V, width):
-        part = slice(start, min(start + width, V))
-        logits = head.logits_buffer(padded, part.stop - start)
-        bias = None if head.bias is None else head.bias[part]
-        gemm.project(hidden, head.weight[part], bias, logits)
-        own = torch.where((ids >= start) & (ids < part.stop), ids - start, -1)
-        view = logits[None, :n]
-        out = head.gradient_view(view)
-        head.backend.logprob_bwd(
-            view, own, stats, dlogp, out, dlse=dlse, dentropy=dentropy, **transform
-        )
-        grads.add_columns(hidden[:n], out[0], part)
-    grads.finish_columns(hidden[:n], place)
-
-
-class _LinearLogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_A, lora_B, ids, rows, options):
-        tensors = (hidden, weight, bias, lora_A, lora_B)
-        needs = Needs(*ctx.needs_input_grad[:5])
-        u = None
-        with no_autocast(hidden.device):
-            head = _head(tensors, options)
-            if needs == (True, False, False, False, False):
-                stats, u = _stats_and_slope(head, ids, rows, needs)
-            else:
-                stats = head_stats(head, ids, rows.unmasked_index, rows.n_unmasked)
-        ctx.save_for_backward(*tensors, ids, stats, u)
-        ctx.options, ctx.mask, ctx.needs = options, rows.mask, needs
-        ctx.set_materialize_grads(False)
-        # copies: the saved statistics must not change with what the caller does to its results
-        return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
-
-    @staticmethod
-    @no_double_backward
-    def backward(ctx, dlogp, dentropy, dlse):
-        *tensors, ids, stats, u = ctx.saved_tensors
-        if dlogp is None and dentropy is None and dlse is None:
-            return (None,) * 8
-        upstream = _select((dlogp, dlse, dentropy), ctx.mask, stats[0])
-        if u is not None and dentropy is None and dlse is None:
-            dlogp = upstream[0][:, None]
-            dhidden = (u * dlogp).masked_fill_(dlogp == 0, 0.0)
-            return (dhidden.to(tensors[0].dtype), *(None,) * 7)
-        with no_autocast(tensors[0].device):
-            grads = head_gradients(_head(tensors, ctx.options), ids, stats, upstream, ctx.needs)
-        cast = [None if g is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
-        return (*cast, None, None, None)
-
-
-def _head(tensors: tuple[Tensor | None, ...], options: dict) -> LinearHead:
-    hidden, weight, bias, lora_A, lora_B = tensors
-    options = dict(options)
-    scale = options.pop("lora_scale")
-    lora = None if lora_A is None else Lora(lora_A, lora_B, scale)
-    return LinearHead(hidden, weight, bias, lora=lora, **options)
-
-
-def _stats_and_slope(head: LinearHead, ids: Tensor, rows: Rows, needs: Needs):
-    """Statistics (4, N) and u = dlogp / dhidden (N, H) fp32, with which a frozen head needs no
-    product in backward."""
-    stats = torch.zeros(4, ids.numel(), dtype=head.dtype, device=ids.device)
-    grads = HeadGradients(head, needs)
-    for chunk in head.chunks(rows.unmasked_index, rows.n_unmasked):
-        own = stats.new_empty(4, chunk.hidden.shape[0])
-        args = (chunk.logits, ids[chunk.place], own)
-        head.backend.logprob_fwd(*args, **chunk.transform)
-        stats[:, chunk.place] = own
-        out = head.gradient_view(chunk.logits)
-        head.backend.logprob_bwd(*args, torch.ones_like(own[0]), out, **chunk.transform)
-        grads.add(chunk.hidden, out[0], chunk.place)
-    return stats, grads.finish()[0]
-
-
-def _select(upstream, mask: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Upstream gradients as (N,), 0 where masked; dlogp made when it is missing."""
+def _select(upstream: Upstream, mask: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """(dlogp, dentropy, dlse) -> (dlogp, dlse, dentropy), each (N,), 0 where masked; dlogp is made
+    when it is missing."""
+    dlogp, dentropy, dlse = upstream
     zero = torch.zeros_like(like)
     dlogp, *others = (
-        None if g is None else torch.where(mask, g.to(like.dtype), zero) for g in upstream
+        None if g is None else torch.where(mask, g.reshape(-1).to(like.dtype), zero)
+        for g in (dlogp, dlse, dentropy)
     )
     return (zero if dlogp is None else dlogp, *others)
 
 
-@compilable
+def check_linear(
+    hidden: Tensor,
+    head: Head,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    workspace_bytes: int | None,
+) -> Checked:
+    """Every ValueError of `linear_logprob`, before any work."""
+    placed = place(
+        hidden, head.weight, head.bias, head.tp_group, workspace_bytes, ids=ids, mask=mask
+    )
+    weight, bias = placed.weight, placed.bias
+    checks.check_head(hidden, weight, bias, head.softcap, head.logit_scale)
+    A, B, lora_scale = checks.check_lora(head.lora, hidden, weight)
+    backend = placed.rows(select(hidden.device))
+    checks.check_precision("hidden", hidden, backend.name)
+    shape = tuple(hidden.shape[:-1])
+    keep = flat_mask(mask, shape, hidden.device)
+    temperature, inverse = check_temperature(temperature, shape, keep)
+    rows = flatten(ids, keep, placed.V, shape)
+    options = {
+        "backend": backend,
+        "workspace_bytes": workspace_bytes,
+        "softcap": head.softcap,
+        "logit_scale": float(head.logit_scale),
+        "temperature": temperature,
+        "inv_temperature": inverse,
+        "autocast_dtype": autocast_dtype(hidden),
+        "lora_scale": lora_scale,
+        "shard": placed.shard,
+    }
+    return Checked(
+        (hidden.reshape(-1, hidden.shape[-1]), weight, bias, A, B), rows, options, placed
+    )
+
+
+def _open(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> LinearHead:
+    hidden, weight, bias, A, B = tensors
+    options = dict(options)
+    scale = options.pop("lora_scale")
+    return LinearHead(
+        hidden, weight, bias, lora=None if A is None else Lora(A, B, scale), **options
+    )
+
+
+def linear_forward(
+    tensors: tuple[Tensor | None, ...], rows: Rows, options: dict[str, Any], needs: Needs
+) -> tuple[Tensor, Tensor | None]:
+    """Statistics (4, N), and dlogp / dhidden (N, H) where the head is frozen."""
+    with no_autocast(tensors[0].device):
+        head = _open(tensors, options)
+        if needs == (True, False, False, False, False):
+            return stats_and_slope(head, rows.ids, rows, needs)
+        return head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked), None
+
+
+def linear_backward(
+    tensors: tuple[Tensor | None, ...],
+    ids: Tensor,
+    mask: Tensor,
+    kept: tuple[Tensor, Tensor | None],
+    options: dict[str, Any],
+    needs: Needs,
+    upstream: Upstream,
+) -> list[Tensor | None]:
+    """Gradients of hidden, weight, bias, A and B, in their dtypes.
+
+    Args:
+        kept: what `linear_forward` returned.
+        upstream: by logp, entropy and lse, (N,) or None each, not all None.
+    """
+    stats, u = kept
+    dlogp, dlse, dentropy = _select(upstream, mask, stats[0])
+    if u is not None and dentropy is None and dlse is None:
+        dlogp = dlogp[:, None]
+        dhidden = (u * dlogp).masked_fill_(dlogp == 0, 0.0)
+        return [dhidden.to(tensors[0].dtype), None, None, None, None]
+    with no_autocast(tensors[0].device):
+        head = _open(tensors, options)
+        grads = head_gradients(head, ids, stats, (dlogp, dlse, dentropy), needs)
+    return [None if g is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
+
+
+class _LinearLogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, lora_A, lora_B, rows, options):
+        tensors = (hidden, weight, bias, lora_A, lora_B)
+        ctx.needs = Needs(*ctx.needs_input_grad[:5])
+        stats, u = linear_forward(tensors, rows, options, ctx.needs)
+        ctx.save_for_backward(*tensors, rows.ids, stats, u)
+        ctx.options, ctx.mask = options, rows.mask
+        ctx.set_materialize_grads(False)
+        return named(stats)
+
+    @staticmethod
+    @no_double_backward
+    def backward(ctx, *upstream):
+        if all(g is None for g in upstream):
+            return (None,) * 7
+        *tensors, ids, stats, u = ctx.saved_tensors
+        grads = linear_backward(
+            tensors, ids, ctx.mask, (stats, u), ctx.options, ctx.needs, upstream
+        )
+        return (*grads, None, None)
+
+
 def linear_logprob(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     ids: Tensor,
     *,
     mask: Tensor | None = None,
@@ -222,7 +198,8 @@ def linear_logprob(
 
     Args:
         hidden: (N, H) or (B, T, H), fp32, fp16, bf16 or fp64.
-        weight: (V, H) in the dtype of hidden (or any under autocast); bias: (V,) or None.
+        weight: (V, H) in the dtype of hidden (or any under autocast), or a `Head` that says all of
+            the head; bias: (V,) or None.
         ids: (N,) or (B, T) integers, in [0, V) where unmasked.
         mask: shaped like ids, non-zero where a token counts; masked rows are never read.
         lora: adapter (A (r, H), B (V, r), s) of the lm_head, in one product with the weight.
@@ -244,71 +221,76 @@ def linear_logprob(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
     """
-    placed = place(hidden, weight, bias, tp_group, workspace_bytes, ids=ids, mask=mask)
-    weight, bias = placed.weight, placed.bias
-    checks.check_head(hidden, weight, bias, softcap, logit_scale)
-    lora = checks.check_lora(lora, hidden, weight)
-    backend = placed.rows(select(hidden.device))
-    checks.check_precision("hidden", hidden, backend.name)
-    shape = tuple(hidden.shape[:-1])
-    keep = flat_mask(mask, shape, hidden.device)
-    temperature, inverse = check_temperature(temperature, shape, keep)
-    rows = flatten(ids, keep, placed.V, shape)
-    options = {
-        "backend": backend,
-        "workspace_bytes": workspace_bytes,
-        "softcap": softcap,
-        "logit_scale": float(logit_scale),
-        "temperature": temperature,
-        "inv_temperature": inverse,
-        "autocast_dtype": autocast_dtype(hidden),
-        "lora_scale": lora[2],
-        "shard": placed.shard,
-    }
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    head = (flat, weight, bias, *lora[:2])
-    with placed.saved():
-        logp, ent, lse = apply(_LinearLogProb, *head, rows.ids, rows, options)
+    head = as_head(weight, bias, lora, softcap, logit_scale, tp_group)
+    if torch.compiler.is_compiling():
+        arguments = {"hidden": hidden, **head.traced(), **head.numbers, "ids": ids, "mask": mask}
+        arguments |= {"temperature": temperature, "workspace_bytes": workspace_bytes}
+        logp, ent, lse, *_ = opaque.call("linear_logprob", arguments)
+    else:
+        checked = check_linear(hidden, head, ids, mask, temperature, workspace_bytes)
+        with checked.placed.saved():
+            logp, ent, lse = _LinearLogProb.apply(*checked.tensors, checked.rows, checked.options)
+    shape = hidden.shape[:-1]
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))
+
+
+def check_given(
+    logits: Tensor, ids: Tensor, mask: Tensor | None, temperature: float | Tensor
+) -> Checked:
+    """Every ValueError of `logprob`, before any work."""
+    checks.check_logits(logits)
+    checks.check_precision("logits", logits, select(logits.device).name)
+    shape = tuple(logits.shape[:-1])
+    keep = flat_mask(mask, shape, logits.device)
+    temperature, inverse = check_temperature(temperature, shape, keep)
+    rows = flatten(ids, keep, logits.shape[-1], shape)
+    cube = logits if logits.dim() == 3 else logits[None]
+    options = {
+        "active": None if mask is None else rows.mask,
+        "inv_temperature": 1.0 / temperature if inverse is None else inverse,
+    }
+    return Checked((cube,), rows, options)
+
+
+def logits_forward(logits: Tensor, ids: Tensor, options: dict[str, Any]) -> Tensor:
+    """Statistics (4, N) of logits (B, T, V)."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    stats = torch.empty(4, ids.numel(), dtype=dtype, device=ids.device)
+    select(logits.device).logprob_fwd(logits, ids, stats, **options)
+    return stats
+
+
+def logits_backward(
+    logits: Tensor, ids: Tensor, stats: Tensor, options: dict[str, Any], upstream: Upstream
+) -> Tensor:
+    """Gradient (B, T, V) of the logits, in their dtype; upstream as in `linear_backward`."""
+    active = options["active"]
+    mask = torch.ones_like(ids, dtype=torch.bool) if active is None else active
+    dlogp, dlse, dentropy = _select(upstream, mask, stats[0])
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    backend = select(logits.device)
+    backend.logprob_bwd(logits, ids, stats, dlogp, out, dlse=dlse, dentropy=dentropy, **options)
+    return out
 
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids, active, options):
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        stats = torch.empty(4, ids.numel(), dtype=dtype, device=ids.device)
-        backend = select(logits.device)
-        backend.logprob_fwd(logits, ids, stats, active=active, **options)
-        ctx.save_for_backward(logits, ids, active, stats)
+    def forward(ctx, logits, ids, options):
+        stats = logits_forward(logits, ids, options)
+        ctx.save_for_backward(logits, ids, stats)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        # copies: the saved statistics must not change with what the caller does to its results
-        return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
+        return named(stats)
 
     @staticmethod
     @no_double_backward
-    def backward(ctx, dlogp, dentropy, dlse):
-        logits, ids, active, stats = ctx.saved_tensors
-        if dlogp is None and dentropy is None and dlse is None:
-            return (None,) * 4
-        mask = torch.ones_like(ids, dtype=torch.bool) if active is None else active
-        dlogp, dlse, dentropy = _select((dlogp, dlse, dentropy), mask, stats[0])
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        select(logits.device).logprob_bwd(
-            logits,
-            ids,
-            stats,
-            dlogp,
-            out,
-            dlse=dlse,
-            dentropy=dentropy,
-            active=active,
-            **ctx.options,
-        )
-        return out, None, None, None
+    def backward(ctx, *upstream):
+        if all(g is None for g in upstream):
+            return (None,) * 3
+        logits, ids, stats = ctx.saved_tensors
+        return logits_backward(logits, ids, stats, ctx.options, upstream), None, None
 
 
-@compilable
 def logprob(
     logits: Tensor,
     ids: Tensor,
@@ -336,14 +318,11 @@ def logprob(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
     """
-    checks.check_logits(logits)
-    checks.check_precision("logits", logits, select(logits.device).name)
-    shape = tuple(logits.shape[:-1])
-    keep = flat_mask(mask, shape, logits.device)
-    temperature, inverse = check_temperature(temperature, shape, keep)
-    rows = flatten(ids, keep, logits.shape[-1], shape)
-    cube = logits if logits.dim() == 3 else logits[None]
-    active = None if mask is None else rows.mask
-    options = {"inv_temperature": 1.0 / temperature if inverse is None else inverse}
-    logp, ent, lse = apply(_LogProb, cube, rows.ids, active, options)
+    if torch.compiler.is_compiling():
+        arguments = {"logits": logits, "ids": ids, "mask": mask, "temperature": temperature}
+        logp, ent, lse, *_ = opaque.call("logprob", arguments)
+    else:
+        checked = check_given(logits, ids, mask, temperature)
+        logp, ent, lse = _LogProb.apply(*checked.tensors, checked.rows.ids, checked.options)
+    shape = logits.shape[:-1]
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from grpo_fast.checks import no_double_backward
+
+
+class Done(NamedTuple):
+    """What a loss is when nothing of autograd has touched it."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    gradients: list[Tensor | None]
+    """Of the leaves of the call; None where nobody wants one."""
+    scale: Tensor | None = None
+    """0-d, by which the gradients are too large."""
+    only: float | None = None
+    """The one upstream scalar that main_grad was filled for."""
+    tokens: Callable[[], Any] | None = None
+    """The terms of every token, for whoever wants them."""
+
+    def unscaled(self, grad_scale: float) -> Done:
+        """The loss without the grad_scale that is in it and in its gradients."""
+        loss = self.loss / grad_scale
+        metrics = {**self.metrics, "loss": loss.clone()}
+        scale = torch.full_like(loss, grad_scale)
+        return self._replace(loss=loss, metrics=metrics, scale=scale, only=float(grad_scale))
+
+
+def attach(done: Done, leaves: tuple[Tensor | None, ...]) -> Tensor:
+    """The loss with its gradients: the only line of a loss that knows autograd."""
+    return Attach.apply(done.loss, done.gradients, done.scale, done.only, *leaves)
 
 
 class Attach(torch.autograd.Function):

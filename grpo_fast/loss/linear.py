@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,19 +11,35 @@ from torch import Tensor
 
 from grpo_fast import checks
 from grpo_fast.config import LossConfig
-from grpo_fast.engine.backend import select
+from grpo_fast.engine.backend import Backend, select
 from grpo_fast.engine.chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
-from grpo_fast.engine.handover import apply, compilable, wanted
-from grpo_fast.engine.logprob import head_stats
+from grpo_fast.engine.head import Head, as_head
 from grpo_fast.engine.parallel import Placement, place
+from grpo_fast.engine.passes import head_stats
 from grpo_fast.objective.batch import Batch, prepare
 from grpo_fast.objective.terms import TokenTerms
 from grpo_fast.objective.terms import per_token as terms_of_tokens
+from grpo_fast.objective.tokens import Tokens, Totals
 from grpo_fast.plan.route import Facts, Plan, choose
 
-from . import routes
-from .attach import Attach
+from . import compiled, routes
+from .attach import Done, attach
+from .call import DEFAULT, Call, Execution, check_main_grad, needs_gradient
 from .metrics import summarize
+
+
+class Checked(NamedTuple):
+    """A call that nothing is wrong with."""
+
+    call: Call
+    tensors: tuple[Tensor | None, ...]
+    """hidden (N, H), weight, bias, A and B: what a gradient may be of."""
+    ref_weight: Tensor | None
+    backend: Backend
+    batch: Batch
+    placed: Placement
+    options: dict[str, Any]
+    """The other arguments of a `LinearHead`."""
 
 
 def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
@@ -53,10 +70,95 @@ def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
     )
 
 
-@compilable
+def check(call: Call) -> Checked:
+    """Every ValueError of `linear_policy_loss`, before any work."""
+    hidden, head, tokens, run = call.source, call.head, call.tokens, call.execution
+    where = (head.tp_group, run.workspace_bytes)
+    same = {"ids": tokens.ids, "mask": tokens.mask, "advantages": tokens.advantages}
+    placed = place(hidden, head.weight, head.bias, *where, **same)
+    weight, bias = placed.weight, placed.bias
+    ref_weight = call.ref_weight
+    if isinstance(ref_weight, Tensor):
+        ref_weight = place(call.ref_hidden, ref_weight, None, *where).weight
+    checks.check_head(hidden, weight, bias, head.softcap, head.logit_scale)
+    A, B, lora_scale = checks.check_lora(head.lora, hidden, weight)
+    checks.check_reference(tokens.ref_logp, call.ref_hidden, ref_weight, hidden, weight)
+    backend = placed.rows(select(hidden.device))
+    checks.check_precision("hidden", hidden, backend.name)
+    check_main_grad(run, weight, gathered=bool(placed.sources))
+    batch = prepare(
+        call.shape,
+        placed.V,
+        hidden.device,
+        tokens,
+        call.config,
+        call.totals,
+        skip_inactive_forward=run.skip_inactive_forward,
+        max_rows=run.max_rows,
+        has_ref=call.ref_hidden is not None,
+    )
+    options = {
+        "backend": backend,
+        "workspace_bytes": run.workspace_bytes,
+        "softcap": head.softcap,
+        "logit_scale": float(head.logit_scale),
+        "autocast_dtype": autocast_dtype(hidden),
+        "shard": placed.shard,
+        "lora": None if head.lora is None else Lora(A, B, lora_scale),
+        "temperature": float(batch.config.temperature),
+        "inv_temperature": batch.inv_temperature,
+        "mask": batch.rows.mask if batch.rows.fixed else None,
+    }
+    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, A, B)
+    return Checked(call, tensors, ref_weight, backend, batch, placed, options)
+
+
+def compute(checked: Checked, needs: Needs) -> Done:
+    """The loss, its metrics and its gradients: plain tensors in and out, nothing of autograd."""
+    call, tensors = checked.call, checked.tensors
+    run = call.execution
+    with torch.no_grad(), no_autocast(call.source.device):
+        head = LinearHead(*tensors[:3], **checked.options)
+        batch = _with_reference(checked, explain=False)
+        plan = choose(facts_of(head, batch, needs))
+        if run.main_grad is not None:
+            batch = replace(batch, weights=batch.weights * run.grad_scale)
+        terms, gradients = routes.run(plan.route, head, batch, needs, run.main_grad)
+        loss, metrics = summarize(terms, batch)
+        done = Done(
+            loss, metrics, gradients, tokens=lambda: terms_of_tokens(terms, batch, call.shape)
+        )
+    return done if run.main_grad is None else done.unscaled(run.grad_scale)
+
+
+def plan_of(checked: Checked, needs: Needs) -> Plan:
+    """The route that `compute` takes, and its costs."""
+    with torch.no_grad(), no_autocast(checked.call.source.device):
+        head = LinearHead(*checked.tensors[:3], **checked.options)
+        return choose(facts_of(head, _with_reference(checked, explain=True), needs))
+
+
+def _with_reference(checked: Checked, explain: bool) -> Batch:
+    """The batch with log-probs of the reference, by the same operations as those of the policy:
+    with equal weights the KL is exactly 0."""
+    batch, hidden = checked.batch, checked.call.ref_hidden
+    if hidden is None:
+        return batch
+    if explain:
+        # a stand-in where only the plan is wanted
+        return replace(batch, ref_logp=batch.weights)
+    _, weight, bias, *_ = checked.tensors
+    weight = weight if checked.ref_weight is None else checked.ref_weight
+    options = {**checked.options, "lora": None}
+    head = LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, **options)
+    rows = batch.rows
+    logp = head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)[0]
+    return replace(batch, ref_logp=logp)
+
+
 def linear_policy_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Head,
     ids: Tensor,
     advantages: Tensor,
     *,
@@ -96,8 +198,8 @@ def linear_policy_loss(
 
     Args:
         hidden: (B, T, H) or packed (N, H); hidden[..., t, :] predicts ids[..., t].
-        weight: (V, H) in the dtype of hidden (or any under autocast); frozen when it needs no
-            gradient.
+        weight: (V, H) in the dtype of hidden (or any under autocast), or a `Head` that says all of
+            the head; frozen when it needs no gradient.
         ids: (B, T) or (N,) sampled tokens, in [0, V) where unmasked.
         advantages: contiguous (B,), (B, T), or packed (S,) or (N,).
         config: None for `LossConfig()`.
@@ -135,7 +237,7 @@ def linear_policy_loss(
         workspace_bytes: bound in bytes on the logits and the scratch of one call, on top of the
             fp32 gradients of hidden and weight (and, under CUDA autocast, their cast copies); None:
             room for 2,048 rows and at least 1 GiB on CUDA, 384 MiB elsewhere. It is kept for the
-            next call: `chunks.release_workspace` gives it back.
+            next call: `release_workspace` gives it back.
         tp_group: the ranks over which the vocabulary is split, as in `linear_logprob`; None: a
             weight or bias that is a DTensor (FSDP2) or partitioned by DeepSpeed (ZeRO-3) is
             gathered in forward. Their gradients are averaged in backward: over the mesh, and by
@@ -151,122 +253,23 @@ def linear_policy_loss(
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
         RuntimeError: on a second backward through one loss.
     """
-    config = LossConfig() if config is None else config
-    where = (tp_group, workspace_bytes)
-    placed = place(hidden, weight, bias, *where, ids=ids, mask=mask, advantages=advantages)
-    weight, bias = placed.weight, placed.bias
-    if isinstance(ref_weight, Tensor):
-        ref_weight = place(ref_hidden, ref_weight, None, *where).weight
-    checks.check_head(hidden, weight, bias, softcap, logit_scale)
-    lora_A, lora_B, lora_scale = checks.check_lora(lora, hidden, weight)
-    checks.check_reference(ref_logp, ref_hidden, ref_weight, hidden, weight)
-    backend = placed.rows(select(hidden.device))
-    checks.check_precision("hidden", hidden, backend.name)
-    _check_main_grad(main_grad, grad_scale, weight, placed)
-    batch = prepare(
-        tuple(hidden.shape[:-1]),
-        placed.V,
-        hidden.device,
-        ids=ids,
-        advantages=advantages,
-        config=config,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        rollout_logp=rollout_logp,
-        temperature=temperature,
-        entropy_threshold=entropy_threshold,
-        denominator=denominator,
-        skip_inactive_forward=skip_inactive_forward,
-        max_rows=max_rows,
-        has_ref=ref_hidden is not None,
+    call = Call(
+        hidden,
+        as_head(weight, bias, lora, softcap, logit_scale, tp_group),
+        Tokens(ids, advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, temperature),
+        DEFAULT if config is None else config,
+        Totals(denominator, entropy_threshold),
+        Execution(skip_inactive_forward, max_rows, workspace_bytes, main_grad, grad_scale),
+        ref_hidden,
+        ref_weight,
     )
-    tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_A, lora_B)
-    needs = Needs(*wanted(*tensors))
-    options = {
-        "backend": backend,
-        "workspace_bytes": workspace_bytes,
-        "softcap": softcap,
-        "logit_scale": float(logit_scale),
-        "autocast_dtype": autocast_dtype(hidden),
-        "shard": placed.shard,
-        "lora": None if lora is None else Lora(lora_A, lora_B, lora_scale),
-        **_options_of(batch),
-    }
-    with torch.no_grad(), no_autocast(hidden.device):
-        head = LinearHead(*tensors[:3], **options)
-        if ref_hidden is not None:
-            ref = (ref_hidden, weight if ref_weight is None else ref_weight, bias)
-            batch = _with_reference(batch, *ref, {**options, "lora": None}, explain)
-        plan = choose(facts_of(head, batch, needs))
-        if explain:
-            return plan
-        if main_grad is not None:
-            batch = replace(batch, weights=batch.weights * grad_scale)
-        terms, gradients = routes.run(plan.route, head, batch, needs, main_grad)
-        loss, metrics = summarize(terms, batch)
-        extra = (terms_of_tokens(terms, batch, tuple(hidden.shape[:-1])),) if per_token else ()
-    done = _unscaled(loss, metrics, gradients, None if main_grad is None else grad_scale)
-    loss = apply(Attach, *done, *tensors) if any(needs) else done[0]
-    return loss, metrics, *extra
-
-
-def _options_of(batch: Batch) -> dict[str, object]:
-    """What a `LinearHead` has to know of the batch."""
-    return {
-        "temperature": float(batch.config.temperature),
-        "inv_temperature": batch.inv_temperature,
-        "mask": batch.rows.mask if batch.rows.fixed else None,
-    }
-
-
-def _unscaled(
-    loss: Tensor, metrics: dict[str, Tensor], gradients: routes.Gradients, grad_scale: float | None
-) -> tuple[Tensor, routes.Gradients, Tensor | None, float | None]:
-    """The arguments of `Attach`, for a loss and gradients that may have grad_scale in them."""
-    if grad_scale is None:
-        return loss, gradients, None, None
-    loss = loss / grad_scale
-    metrics["loss"] = loss.clone()
-    return loss, gradients, torch.full_like(loss, grad_scale), float(grad_scale)
-
-
-def _check_main_grad(
-    main_grad: Tensor | None, grad_scale: float, weight: Tensor, placed: Placement
-) -> None:
-    """fp32 (V, H), contiguous, for a weight that is trained and whole (or a shard) here."""
-    if not checks.is_number(grad_scale) or not 0 < abs(grad_scale) < float("inf"):
-        checks.fail("grad_scale", "a finite number other than 0", repr(grad_scale))
-    if main_grad is None:
-        if grad_scale != 1.0:
-            checks.fail("grad_scale", "1.0 without main_grad", grad_scale)
-        return
-    if placed.sources:
-        checks.fail("main_grad", "None for a weight that is gathered", checks.describe(main_grad))
-    if not weight.requires_grad:
-        checks.fail("main_grad", "None for a frozen weight", checks.describe(main_grad))
-    checks.check_tensor("main_grad", main_grad, tuple(weight.shape), weight.device)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    if main_grad.dtype != dtype or not main_grad.is_contiguous() or main_grad.requires_grad:
-        expected = f"a contiguous {dtype} tensor that needs no gradient"
-        checks.fail("main_grad", expected, checks.describe(main_grad))
-
-
-def _with_reference(
-    batch: Batch,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: dict,
-    explain: bool,
-) -> Batch:
-    """The batch with log-probs of the reference, by the same operations as those of the policy:
-    with equal weights the KL is exactly 0."""
+    if torch.compiler.is_compiling():
+        refused = {"per_token": (per_token, False), "explain": (explain, False)}
+        return compiled.traced("linear_policy_loss", call, **refused)
+    checked = check(call)
+    needs = Needs(*needs_gradient(*checked.tensors))
     if explain:
-        # a stand-in where only the plan is wanted
-        return replace(batch, ref_logp=batch.weights)
-    head = LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, **options)
-    rows = batch.rows
-    logp = head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)[0]
-    return replace(batch, ref_logp=logp)
+        return plan_of(checked, needs)
+    done = compute(checked, needs)
+    loss = attach(done, checked.tensors) if any(needs) else done.loss
+    return (loss, done.metrics, done.tokens()) if per_token else (loss, done.metrics)

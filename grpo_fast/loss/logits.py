@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,23 @@ from grpo_fast import checks
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.backend import Backend, select
 from grpo_fast.engine.gradients import fp16_scale
-from grpo_fast.engine.handover import apply, compilable, wanted
 from grpo_fast.objective.batch import Batch, objective_arguments, prepare, rollout_arguments
 from grpo_fast.objective.terms import TokenTerms, evaluate, named_terms
 from grpo_fast.objective.terms import per_token as terms_of_tokens
+from grpo_fast.objective.tokens import Tokens, Totals
 
-from .attach import Attach
+from . import compiled
+from .attach import Done, attach
+from .call import DEFAULT, Call, Execution, needs_gradient
 from .metrics import summarize
+
+
+class Checked(NamedTuple):
+    """A call that nothing is wrong with."""
+
+    call: Call
+    backend: Backend
+    batch: Batch
 
 
 def _logits_two_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, options):
@@ -78,7 +90,53 @@ def _check_inplace(logits: Tensor) -> None:
         reach += stride * (n - 1)
 
 
-@compilable
+def check(call: Call) -> Checked:
+    """Every ValueError of `policy_loss`, before any work, but for those about inplace."""
+    logits, run = call.source, call.execution
+    checks.check_logits(logits)
+    backend = select(logits.device)
+    checks.check_precision("logits", logits, backend.name)
+    batch = prepare(
+        call.shape,
+        logits.shape[-1],
+        logits.device,
+        call.tokens,
+        call.config,
+        call.totals,
+        skip_inactive_forward=run.skip_inactive_forward,
+        max_rows=run.max_rows,
+    )
+    return Checked(call, backend, batch)
+
+
+def compute(checked: Checked, needs: tuple[bool], inplace: bool = False) -> Done:
+    """The loss, its metrics and its gradient: plain tensors in and out, nothing of autograd."""
+    call, backend, batch = checked
+    (needed,) = needs
+    logits, config = call.source, batch.config
+    with torch.no_grad():
+        cube = logits.detach() if logits.dim() == 3 else logits.detach()[None]
+        out = None
+        if needed:
+            out = cube if inplace else torch.empty_like(cube, memory_format=torch.contiguous_format)
+        whole = call.tokens.mask is None and batch.rows.n_unmasked == batch.rows.n_tokens
+        active = None if whole else batch.rows.mask
+        one_pass = not (batch.per_sequence or batch.per_batch) and logits.dtype != torch.float16
+        route = _logits_one_pass if one_pass else _logits_two_pass
+        inverse = batch.inv_temperature
+        options = {"inv_temperature": 1.0 / config.temperature if inverse is None else inverse}
+        terms, scale = route(backend, cube, batch, active, out, options)
+        loss, metrics = summarize(terms, batch)
+        gradients = [out.view(logits.shape)] if needed else [None]
+        return Done(
+            loss,
+            metrics,
+            gradients,
+            scale,
+            tokens=lambda: terms_of_tokens(terms, batch, call.shape),
+        )
+
+
 def policy_loss(
     logits: Tensor,
     ids: Tensor,
@@ -120,49 +178,23 @@ def policy_loss(
         ValueError: an argument of the wrong shape, dtype, device or range; it is named.
         RuntimeError: on a second backward through one loss.
     """
-    config = LossConfig() if config is None else config
-    checks.check_logits(logits)
-    backend = select(logits.device)
-    checks.check_precision("logits", logits, backend.name)
-    (needed,) = wanted(logits)
-    if inplace and needed:
-        _check_inplace(logits)
-    shape = tuple(logits.shape[:-1])
-    batch = prepare(
-        shape,
-        logits.shape[-1],
-        logits.device,
-        ids=ids,
-        advantages=advantages,
-        config=config,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        rollout_logp=rollout_logp,
-        temperature=temperature,
-        entropy_threshold=entropy_threshold,
-        denominator=denominator,
-        skip_inactive_forward=skip_inactive_forward,
-        max_rows=max_rows,
-        has_ref=False,
+    call = Call(
+        logits,
+        None,
+        Tokens(ids, advantages, mask, cu_seqlens, old_logp, ref_logp, rollout_logp, temperature),
+        DEFAULT if config is None else config,
+        Totals(denominator, entropy_threshold),
+        Execution(skip_inactive_forward, max_rows),
     )
-    with torch.no_grad():
-        cube = logits.detach() if logits.dim() == 3 else logits.detach()[None]
-        out = None
-        if needed:
-            out = cube if inplace else torch.empty_like(cube, memory_format=torch.contiguous_format)
-        whole = mask is None and batch.rows.n_unmasked == batch.rows.n_tokens
-        active = None if whole else batch.rows.mask
-        one_pass = not (batch.per_sequence or batch.per_batch) and logits.dtype != torch.float16
-        route = _logits_one_pass if one_pass else _logits_two_pass
-        inverse = batch.inv_temperature
-        options = {"inv_temperature": 1.0 / config.temperature if inverse is None else inverse}
-        terms, scale = route(backend, cube, batch, active, out, options)
-        if needed and inplace:
-            torch.autograd.graph.increment_version(logits)
-        loss, metrics = summarize(terms, batch)
-        extra = (terms_of_tokens(terms, batch, shape),) if per_token else ()
-    if needed:
-        loss = apply(Attach, loss, (out.view(logits.shape),), scale, None, logits)
-    return loss, metrics, *extra
+    if torch.compiler.is_compiling():
+        refused = {"inplace": (inplace, False), "per_token": (per_token, False)}
+        return compiled.traced("policy_loss", call, **refused)
+    checks.check_logits(logits)
+    needs = needs_gradient(logits)
+    if inplace and any(needs):
+        _check_inplace(logits)
+    done = compute(check(call), needs, inplace)
+    if inplace and any(needs):
+        torch.autograd.graph.increment_version(logits)
+    loss = attach(done, (logits,)) if any(needs) else done.loss
+    return (loss, done.metrics, done.tokens()) if per_token else (loss, done.metrics)

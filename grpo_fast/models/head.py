@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from grpo_fast.engine.head import Head
 from grpo_fast.engine.logprob import linear_logprob
 
 # (prefix of model_type, attribute of the text config, True when the logits are divided by it).
@@ -33,35 +34,6 @@ _SCALES = (
 )
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 TRANSFORM = "_grpo_fast_transform"
-
-
-@dataclass(frozen=True)
-class Head:
-    """The last layer: `z = softcap * tanh(logit_scale * (h @ weight.T + bias) / softcap)`.
-
-    Args:
-        weight: (V, H), the live parameter, so that its gradient is the model's gradient.
-        bias: (V,) or None.
-        softcap: bound of the logits, or None for no bound.
-        logit_scale: factor applied before the soft cap.
-        lora: (A (r, H), B (V, r), s) of a LoRA adapter on the head: W + s B A stands for W.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    lora: tuple[Tensor, Tensor, float] | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """All but the weight, as the keywords that `linear_*` functions take."""
-        return {
-            "bias": self.bias,
-            "softcap": self.softcap,
-            "logit_scale": self.logit_scale,
-            "lora": self.lora,
-        }
 
 
 def innermost(model: nn.Module) -> PreTrainedModel:
@@ -291,7 +263,7 @@ def _compare(lm: PreTrainedModel, head: Head, hidden: Tensor, logits: Tensor, id
             f"model: the head of {type(lm).__name__} has {head.weight.shape[0]} rows, but its "
             f"logits have shape {tuple(logits.shape)}"
         )
-    ours = linear_logprob(hidden, head.weight, ids, **head.options).logp
+    ours = linear_logprob(hidden, head, ids).logp
     theirs = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
     error = (ours - theirs).abs().max().item()
     tf32 = hidden.is_cuda and torch.backends.cuda.matmul.allow_tf32

@@ -15,6 +15,7 @@ from grpo_fast.rows import Rows, boundaries_on, check_temperature, flat_mask, fl
 
 from . import objectives
 from .corrections import rollout_bounds, rollout_factor, scaled
+from .tokens import Tokens, Totals
 from .weights import boundaries, sequence_sum, spread, token_weights
 
 
@@ -114,60 +115,57 @@ def prepare(
     shape: tuple[int, ...],
     V: int,
     device: torch.device,
-    *,
-    ids: Tensor,
-    advantages: Tensor,
+    tokens: Tokens,
     config: LossConfig,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    old_logp: Tensor | None,
-    ref_logp: Tensor | None,
-    rollout_logp: Tensor | None,
-    temperature: Tensor | None,
-    entropy_threshold: Tensor | float | None,
-    denominator: Tensor | float | int | None,
-    skip_inactive_forward: bool,
-    max_rows: int | None,
-    has_ref: bool,
+    totals: Totals,
+    *,
+    skip_inactive_forward: bool = False,
+    max_rows: int | None = None,
+    has_ref: bool = False,
 ) -> Batch:
     """Check everything beside the head or the logits, and flatten it.
 
     Waits for the device once; with max_rows not at all.
+
+    Args:
+        shape: (B, T) or (N,), the leading shape of hidden states or logits.
+        has_ref: the log-probs of the reference are computed by the call itself.
     """
+    cu_seqlens, denominator = tokens.cu_seqlens, totals.denominator
     if not isinstance(config, LossConfig):
         checks.fail("config", "a LossConfig", checks.describe(config))
     checks.check_cu_seqlens(cu_seqlens, shape, device)
     _check_options(config, skip_inactive_forward, max_rows, shape)
-    by_sequence = needs_sequences(config, rollout_logp is not None)
+    by_sequence = needs_sequences(config, tokens.rollout_logp is not None)
     needs_bounds = by_sequence or config.weights == "sequence_mean"
     needs_count = config.weights != "token_mean" and denominator is None
     if len(shape) == 1 and cu_seqlens is None and (needs_bounds or needs_count):
         what = f"(S+1,) boundaries for {config.loss_type} on packed (N,) input"
         checks.fail("cu_seqlens", what, None)
     cut, valid = boundaries_on(device, cu_seqlens, shape)
-    token_advantages = _advantages(advantages, shape, device, cut)
+    token_advantages = _advantages(tokens.advantages, shape, device, cut)
     _check_denominator(denominator)
-    if config.beta > 0 and ref_logp is None and not has_ref:
+    if config.beta > 0 and tokens.ref_logp is None and not has_ref:
         checks.fail("ref_logp", f"reference log-probs {shape}, since beta = {config.beta}", None)
     bounds = None
     if len(shape) == 2 or cu_seqlens is not None:
         bounds = boundaries(token_advantages.view(shape), cut)
-    flat = flat_mask(mask, shape, device)
+    flat = flat_mask(tokens.mask, shape, device)
     # what is not finite in a masked place is no number to compute with, and a masked rollout
     # log-prob is one that is missing
     fields = {
-        "old_logp": per_token("old_logp", old_logp, shape, flat),
-        "ref_logp": per_token("ref_logp", ref_logp, shape, flat),
-        "rollout_logp": per_token("rollout_logp", rollout_logp, shape, flat, torch.nan),
+        "old_logp": per_token("old_logp", tokens.old_logp, shape, flat),
+        "ref_logp": per_token("ref_logp", tokens.ref_logp, shape, flat),
+        "rollout_logp": per_token("rollout_logp", tokens.rollout_logp, shape, flat, torch.nan),
         "rollout_gap": None,
-        "inv_temperature": None if temperature is None else _temperatures(temperature, shape, flat),
+        "inv_temperature": _temperatures(tokens.temperature, shape, flat),
     }
     token_advantages = torch.where(flat, token_advantages, torch.zeros_like(token_advantages))
     if fields["old_logp"] is not None and fields["rollout_logp"] is not None:
         token_advantages, fields = _correct(config, token_advantages, fields, flat, bounds)
     useful = _useful(config, token_advantages, bounds, by_sequence)
     rows = flatten(
-        ids,
+        tokens.ids,
         flat,
         V,
         shape,
@@ -183,14 +181,18 @@ def prepare(
         bounds,
         token_advantages,
         token_weights(config, flat, bounds, denominator, token_advantages.dtype),
-        entropy_threshold=_threshold(config, entropy_threshold, device),
+        entropy_threshold=_threshold(config, totals.entropy_threshold, device),
         config=config,
         **fields,
     )
 
 
-def _temperatures(temperature: Tensor, shape: tuple[int, ...], mask: Tensor) -> Tensor:
+def _temperatures(
+    temperature: Tensor | None, shape: tuple[int, ...], mask: Tensor
+) -> Tensor | None:
     """1 / temperature (N,); the one number for all is the configuration's."""
+    if temperature is None:
+        return None
     if not isinstance(temperature, Tensor):
         expected = f"a tensor {shape[:1]} or {shape} (one number goes into config.temperature)"
         checks.fail("temperature", expected, checks.describe(temperature))

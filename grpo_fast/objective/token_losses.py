@@ -14,6 +14,7 @@ from grpo_fast.config import LossConfig
 
 from .batch import Batch, prepare
 from .terms import Terms, evaluate
+from .tokens import Tokens, Totals
 
 
 class TokenLosses(NamedTuple):
@@ -97,25 +98,10 @@ def token_losses(
     if config.entropy_coef > 0 or config.top_entropy_quantile < 1.0:
         name = "entropy_coef" if config.entropy_coef > 0 else "top_entropy_quantile"
         checks.fail(name, "its default: log-probs have no entropy", getattr(config, name))
-    batch = prepare(
-        tuple(logp.shape),
-        1,
-        logp.device,
-        ids=torch.zeros_like(logp, dtype=torch.long),
-        advantages=advantages,
-        config=config,
-        mask=mask,
-        cu_seqlens=None,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        rollout_logp=rollout_logp,
-        temperature=None,
-        entropy_threshold=None,
-        denominator=None,
-        skip_inactive_forward=False,
-        # room for all, so that nobody waits for their number
-        max_rows=max(logp.numel(), 1),
-        has_ref=False,
-    )
+    ids = torch.zeros_like(logp, dtype=torch.long)
+    tokens = Tokens(ids, advantages, mask, None, old_logp, ref_logp, rollout_logp)
+    # room for all, so that nobody waits for their number
+    room = max(logp.numel(), 1)
+    batch = prepare(tuple(logp.shape), 1, logp.device, tokens, config, Totals(), max_rows=room)
     batch = replace(batch, weights=batch.rows.mask.to(batch.weights.dtype))
     return TokenLosses(*(t.view(logp.shape) for t in _TokenLosses.apply(logp, batch)))

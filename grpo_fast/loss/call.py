@@ -1,0 +1,73 @@
+"""One call of a loss as an object: the flat public functions make it, nobody inside passes 27 names
+on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_fast.checks import check_tensor, describe, fail, is_number
+from grpo_fast.config import LossConfig
+from grpo_fast.engine.head import Head
+from grpo_fast.objective.tokens import Tokens, Totals
+
+DEFAULT = LossConfig()
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a loss is computed, never what."""
+
+    skip_inactive_forward: bool = False
+    max_rows: int | None = None
+    workspace_bytes: int | None = None
+    main_grad: Tensor | None = None
+    grad_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `linear_policy_loss`, or of `policy_loss`, where head is None."""
+
+    source: Tensor
+    """Hidden states, or logits."""
+    head: Head | None
+    tokens: Tokens
+    config: LossConfig
+    totals: Totals = Totals()
+    execution: Execution = Execution()
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, T) or (N,)."""
+        return tuple(self.source.shape[:-1])
+
+
+def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which of them want a gradient from this call."""
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and t is not None and t.requires_grad for t in tensors)
+
+
+def check_main_grad(execution: Execution, weight: Tensor, gathered: bool) -> None:
+    """fp32 (V, H), contiguous, for a weight that is trained and whole (or a shard) here."""
+    main_grad, grad_scale = execution.main_grad, execution.grad_scale
+    if not is_number(grad_scale) or not 0 < abs(grad_scale) < float("inf"):
+        fail("grad_scale", "a finite number other than 0", repr(grad_scale))
+    if main_grad is None:
+        if grad_scale != 1.0:
+            fail("grad_scale", "1.0 without main_grad", grad_scale)
+        return
+    if gathered:
+        fail("main_grad", "None for a weight that is gathered", describe(main_grad))
+    if not weight.requires_grad:
+        fail("main_grad", "None for a frozen weight", describe(main_grad))
+    check_tensor("main_grad", main_grad, tuple(weight.shape), weight.device)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if main_grad.dtype != dtype or not main_grad.is_contiguous() or main_grad.requires_grad:
+        expected = f"a contiguous {dtype} tensor that needs no gradient"
+        fail("main_grad", expected, describe(main_grad))
