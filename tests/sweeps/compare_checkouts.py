@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -31,7 +32,6 @@ from torch import Tensor
 
 PARTS = ("calls", "runs", "resume", "time")
 Values = dict[str, "Tensor | str"]
-_SHOWN = 12
 
 
 def environment(checkout: Path) -> dict[str, str]:
@@ -99,25 +99,37 @@ def difference(a: Tensor | str | None, b: Tensor | str | None) -> str | None:
     return f"{unequal} of {a.numel()} numbers, by at most {gap.nan_to_num().max().item():.3g}"
 
 
+@dataclass
+class Tally:
+    """What was compared under the first part of a name."""
+
+    answers: int = 0
+    values: int = 0
+    lines: list[str] = field(default_factory=list)
+    """One for each value that differs."""
+
+
 def differences(
     a: dict[str, Values], b: dict[str, Values], resumed: bool = False
-) -> tuple[int, list[str]]:
-    """How many values were compared, and a line for each that differs.
+) -> dict[str, Tally]:
+    """What was compared and what differs, by the first part of an answer's name.
 
     Args:
         resumed: b has been resumed, and has no completions of the steps before.
     """
-    count, lines = 0, []
+    tallies: dict[str, Tally] = {}
     for name in dict.fromkeys((*a, *b)):
         mine, other = a.get(name, {}), b.get(name, {})
+        tally = tallies.setdefault(name.split("/")[0], Tally())
+        tally.answers += 1
         for key in dict.fromkeys((*mine, *other)):
             if resumed and key.startswith("completions/") and key not in other:
                 continue
-            count += 1
+            tally.values += 1
             text = difference(mine.get(key), other.get(key))
             if text:
-                lines.append(f"{name} {key}: {text}")
-    return count, lines
+                tally.lines.append(f"{name} {key}: {text}")
+    return tallies
 
 
 def record(checkout: Path, folder: Path, parts: tuple[str, ...]) -> bool:
@@ -131,15 +143,23 @@ def record(checkout: Path, folder: Path, parts: tuple[str, ...]) -> bool:
     return good
 
 
-def judge(part: str, a: Path, b: Path, kept: str) -> bool:
-    """Print what differs between two folders of answers; True when nothing does."""
-    first, second = load(kept, a), load(part, b)
-    count, lines = differences(first, second, resumed=part == "resume")
-    print(f"{part}: {len(first)} and {len(second)} answers, {count} values, {len(lines)} differ")
-    show(lines[:_SHOWN])
-    if len(lines) > _SHOWN:
-        show([f"and {len(lines) - _SHOWN} more"])
-    return count > 0 and not lines
+def judge(part: str, a: Path, b: Path, kept: str, everything: bool) -> bool:
+    """Print what differs between two folders of answers; True when nothing does.
+
+    Args:
+        kept: the part of a that stands against this part of b.
+        everything: print every difference, not the first of each kind.
+    """
+    tallies = differences(load(kept, a), load(part, b), resumed=part == "resume")
+    answers = sum(tally.answers for tally in tallies.values())
+    values = sum(tally.values for tally in tallies.values())
+    unequal = sum(len(tally.lines) for tally in tallies.values())
+    print(f"{part}: {answers} answers, {values} values, {unequal} differ")
+    for name, tally in tallies.items():
+        counts = f"{tally.answers:4} answers {tally.values:6} values {len(tally.lines):6} differ"
+        show([f"{name:16}{counts}"])
+        show([f"  {line}" for line in tally.lines[: None if everything else 1]])
+    return values > 0 and not unequal
 
 
 def times(a: Path, b: Path, limit: float, rounds: int, batches: int) -> bool:
@@ -170,7 +190,8 @@ def compare(options: argparse.Namespace, folder: Path) -> bool:
         good &= run(b, "resume", *arguments)
     for part in parts:
         if part != "time":
-            good &= judge(part, a, folder / "b", "runs" if part == "resume" else part)
+            kept = "runs" if part == "resume" else part
+            good &= judge(part, a, folder / "b", kept, options.all)
         elif options.a is None:
             print("time: not compared, which takes two checkouts")
         else:
@@ -189,6 +210,7 @@ def parse() -> argparse.Namespace:
     whole.add_argument("checkouts", type=Path, nargs="+", metavar="A B")
     whole.add_argument("--baseline", type=Path, help="what `record` kept of A")
     whole.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    whole.add_argument("--all", action="store_true", help="print every difference")
     whole.add_argument("--limit", type=float, default=1.0, help="of B / A in time")
     whole.add_argument("--rounds", type=int, default=3, help="pairs of processes for time")
     whole.add_argument("--batches", type=int, default=40, help="for each of them")

@@ -125,7 +125,7 @@ def build(arm: str, folder: Path, seed: int) -> Any:
         from peft import LoraConfig
 
         adapter = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "v_proj"])
-    return GRPOTrainer(
+    run = GRPOTrainer(
         model=model(arm, seed),
         reward_funcs=reward,
         args=GRPOConfig(output_dir=str(folder), **{**SETTINGS, **OWN[arm]}),
@@ -134,6 +134,11 @@ def build(arm: str, folder: Path, seed: int) -> Any:
         processing_class=tokenizer(),
         peft_config=adapter,
     )
+    # to draw the curves takes longer than the steps; the name is not public
+    for callback in list(run.callback_handler.callbacks):
+        if type(callback).__name__ == "Curves":
+            run.remove_callback(callback)
+    return run
 
 
 def train(arm: str, folder: Path, checkpoint: Path | None) -> None:
