@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_calls import Call, all_calls
+import torch.distributed as dist
+from compare_calls import BOUNDS, Call, all_calls
 from compare_data import LORA_SCALE, Data, draw
 from torch import Tensor
 
 import grpo_fast
-from grpo_fast import PRESETS, LossConfig
+from grpo_fast import LossConfig
 
 Answer = dict[str, "Tensor | str"]
 # `Plan.facts` is not compared: its fields are the library's own business
@@ -100,12 +101,12 @@ def _positional(call: Call, data: Data, leaves: dict[str, Tensor]) -> list[Tenso
         return [leaves["logp"], data.advantages]
     if "logits" in leaves:
         logits = leaves["logits"]
-        if call.how == "strided":
-            # one row more in each sequence, which the call does not see
-            logits = torch.cat((logits, logits[..., -1:, :]), dim=-2)[..., :-1, :]
         first = [logits * 1.0 if call.options.get("inplace") else logits]
     else:
         first = [leaves["hidden"], leaves["weight"]]
+    if call.how == "strided":
+        # one row more in each sequence, which the call does not see
+        first[0] = torch.cat((first[0], first[0][..., -1:, :]), dim=-2)[..., :-1, :]
     with_advantages = call.function in ("linear_policy_loss", "policy_loss")
     return [*first, data.ids, *([data.advantages] if with_advantages else [])]
 
@@ -117,6 +118,8 @@ def _keywords(call: Call, data: Data, leaves: dict[str, Tensor]) -> dict[str, An
             keywords[name] = (leaves["A"], leaves["B"], LORA_SCALE)
         else:
             keywords[name] = leaves[name] if name in leaves else getattr(data, name)
+    if call.how == "tp":
+        keywords["tp_group"] = dist.group.WORLD
     if call.config:
         keywords["config"] = LossConfig(**call.config)
     return {**keywords, **call.options}
@@ -141,10 +144,8 @@ def _results(call: Call, result: Any, out: Answer) -> Tensor:
 
 def check_realistic(calls: list[Call], answers: dict[str, Answer]) -> list[str]:
     """What is wrong with the calls themselves: refused ones, bounds that nothing or everything
-    leaves, routes and chunks that do not occur."""
+    leaves, one chunk where several were meant."""
     problems = [f"{name}: {a['raised']}" for name, a in answers.items() if "raised" in a]
-    seen = {a.get("plan/route") for a in answers.values()}
-    problems += [f"no call takes the route {r}" for r in sorted(ROUTES) if repr(r) not in seen]
     for call in calls:
         got = answers[call.name]
         if "raised" in got:
@@ -162,22 +163,28 @@ def _clipped(call: Call, got: Answer) -> float | None:
     counted = call.name.startswith(("preset/", "kl/")) and "metric/clip_ratio" in got
     if not counted or "old_logp" not in call.given:
         return None
-    objective = PRESETS[call.config["loss_type"]].objective
-    if objective.startswith("dppo"):
+    loss_type = call.config["loss_type"]
+    if loss_type.startswith("dppo"):
         # a KL gives a gradient to every token
         active = 1 - (got["metric/active_rows"] / got["metric/tokens"]).item()
         return None if call.config.get("beta") else active
-    share = got["metric/clip_ratio"].item()
-    return share if objective in ("clip", "cispo", "surrogate") else None
+    return got["metric/clip_ratio"].item() if loss_type in BOUNDS else None
 
 
-def record(path: Path) -> int:
-    """Make every call and write the answers; the number of problems, which are printed."""
+def record(path: Path, match: str) -> int:
+    """Make the calls whose name has `match` in it and write the answers; the number of problems,
+    which are printed."""
     torch.set_num_threads(1)
-    calls = all_calls()
+    calls = [call for call in all_calls() if match in call.name]
+    # a group of one rank, for tp_group
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     answers = {call.name: answer(call) for call in calls}
+    dist.destroy_process_group()
     torch.save(answers, path)
     problems = check_realistic(calls, answers)
+    if not match:
+        seen = {a.get("plan/route") for a in answers.values()}
+        problems += [f"no call takes the route {r}" for r in sorted(ROUTES) if repr(r) not in seen]
     print(f"{len(calls)} calls, {sum(map(len, answers.values()))} values")
     print("".join(f"  {problem}\n" for problem in problems[:_ROOM]), end="")
     return len(problems)

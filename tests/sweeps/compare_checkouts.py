@@ -132,25 +132,24 @@ def differences(
     return tallies
 
 
-def record(checkout: Path, folder: Path, parts: tuple[str, ...]) -> bool:
+def record(checkout: Path, folder: Path, parts: tuple[str, ...], match: str = "") -> bool:
     """Keep the answers of a checkout; True when nothing was wrong with them."""
     folder.mkdir(parents=True, exist_ok=True)
     good = True
     if "calls" in parts:
-        good &= run(checkout, "calls", "--out", str(folder / "calls.pt"))
+        good &= run(checkout, "calls", "--out", str(folder / "calls.pt"), "--match", match)
     if "runs" in parts:
         good &= run(checkout, "runs", "--out", str(folder / "runs"))
     return good
 
 
-def judge(part: str, a: Path, b: Path, kept: str, everything: bool) -> bool:
-    """Print what differs between two folders of answers; True when nothing does.
+def judge(part: str, a: dict[str, Values], b: dict[str, Values], everything: bool) -> bool:
+    """Print what differs between the answers of two checkouts; True when nothing does.
 
     Args:
-        kept: the part of a that stands against this part of b.
         everything: print every difference, not the first of each kind.
     """
-    tallies = differences(load(kept, a), load(part, b), resumed=part == "resume")
+    tallies = differences(a, b, resumed=part == "resume")
     answers = sum(tally.answers for tally in tallies.values())
     values = sum(tally.values for tally in tallies.values())
     unequal = sum(len(tally.lines) for tally in tallies.values())
@@ -183,15 +182,18 @@ def compare(options: argparse.Namespace, folder: Path) -> bool:
     if options.baseline is None:
         # to resume takes the checkpoints of A's runs
         wanted = [{"resume": "runs"}.get(part, part) for part in parts]
-        good &= record(options.a, a, tuple(wanted))
-    good &= record(b, folder / "b", parts)
+        good &= record(options.a, a, tuple(wanted), options.match)
+    good &= record(b, folder / "b", parts, options.match)
     if "resume" in parts:
         arguments = ("--from", str(a / "runs"), "--out", str(folder / "b" / "resume"))
         good &= run(b, "resume", *arguments)
     for part in parts:
         if part != "time":
             kept = "runs" if part == "resume" else part
-            good &= judge(part, a, folder / "b", kept, options.all)
+            answers = load(kept, a), load(part, folder / "b")
+            if part == "calls":
+                answers = tuple({n: v for n, v in x.items() if options.match in n} for x in answers)
+            good &= judge(part, *answers, options.all)
         elif options.a is None:
             print("time: not compared, which takes two checkouts")
         else:
@@ -210,6 +212,7 @@ def parse() -> argparse.Namespace:
     whole.add_argument("checkouts", type=Path, nargs="+", metavar="A B")
     whole.add_argument("--baseline", type=Path, help="what `record` kept of A")
     whole.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    whole.add_argument("--match", default="", help="only calls with this text in their name")
     whole.add_argument("--all", action="store_true", help="print every difference")
     whole.add_argument("--limit", type=float, default=1.0, help="of B / A in time")
     whole.add_argument("--rounds", type=int, default=3, help="pairs of processes for time")
@@ -220,6 +223,8 @@ def parse() -> argparse.Namespace:
     for name in ("calls", "runs", "resume"):
         one = commands.add_parser(name, help=f"{name} of the checkout in PYTHONPATH")
         one.add_argument("--out", type=Path, required=True)
+        if name == "calls":
+            one.add_argument("--match", default="")
         if name == "resume":
             one.add_argument("--from", type=Path, dest="source", required=True)
     commands.add_parser("time", help="CPU times of the checkout in PYTHONPATH, as JSON")
@@ -258,7 +263,7 @@ def main() -> int:
     if options.command == "calls":
         from compare_answers import record as answers
 
-        return 1 if answers(options.out) else 0
+        return 1 if answers(options.out, options.match) else 0
     if options.command in ("runs", "resume"):
         from compare_runs import record as runs
 

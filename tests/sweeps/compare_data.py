@@ -41,10 +41,12 @@ class Shape:
     """What a batch looks like."""
 
     layout: str = "padded"
-    """padded: (B, T); packed: (N,), with the boundaries in cu_seqlens."""
+    """padded: (B, T); packed: (N,), with the boundaries in cu_seqlens; empty: packed, N = 0."""
     dtype: torch.dtype = torch.float32
     V: int = 67
     H: int = 16
+    times: int = 1
+    """Factor of the lengths."""
     mask: str = "holes"
     """holes: lengths and holes, with NaN behind them; whole: every token counts; none: no token."""
     advantages: str = "sequence"
@@ -56,6 +58,11 @@ class Shape:
     poison: str = ""
     """nan: the first token's hidden state and logits are NaN; banned: logits of -inf."""
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence, before there are holes."""
+        return tuple(n * self.times * (self.layout != "empty") for n in LENGTHS)
+
 
 def draw(seed: int, shape: Shape) -> Data:
     """Peaked logits, and old, reference and rollout log-probs near those of the policy.
@@ -64,7 +71,7 @@ def draw(seed: int, shape: Shape) -> Data:
     level a clip of 0.2 holds on both sides, and elsewhere does not.
     """
     g = torch.Generator().manual_seed(seed)
-    B, T, V, H = len(LENGTHS), max(LENGTHS), shape.V, shape.H
+    B, T, V, H = len(LENGTHS), max(LENGTHS) * shape.times, shape.V, shape.H
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=g, dtype=torch.float64)
@@ -86,7 +93,7 @@ def draw(seed: int, shape: Shape) -> Data:
     # the engine gave none for these
     rollout[:, 2] = torch.nan
     temperature = 0.7 + 0.6 * torch.rand(B, T, generator=g)
-    counted, inside = _masks(shape.mask, g, B, T)
+    counted, inside = _masks(shape, g, B, T)
     if shape.poison == "nan":
         hidden[1, 0], z[1, 0] = torch.nan, torch.nan
     if shape.poison == "banned":
@@ -114,7 +121,7 @@ def draw(seed: int, shape: Shape) -> Data:
             value[~counted] = torch.nan
         elif name == "ids":
             value[~counted] = -100
-    if shape.layout == "packed":
+    if shape.layout != "padded":
         tokens = {name: value[inside] for name, value in tokens.items()}
     lengths = inside.sum(1)
     return Data(
@@ -124,7 +131,7 @@ def draw(seed: int, shape: Shape) -> Data:
         A=A,
         B=B_,
         ref_weight=(normal(V, H_REF) / H_REF**0.5).to(shape.dtype),
-        main_grad=normal(V, H).float(),
+        main_grad=normal(V, H).to(torch.promote_types(shape.dtype, torch.float32)),
         cu_seqlens=torch.cat((lengths.new_zeros(1), lengths.cumsum(0))),
     )
 
@@ -142,12 +149,12 @@ def _logits(hidden, weight, bias, A, B, head: tuple[str, ...]) -> Tensor:
     return SOFTCAP * torch.tanh(z / SOFTCAP) if "softcap" in head else z
 
 
-def _masks(kind: str, g: torch.Generator, B: int, T: int) -> tuple[Tensor, Tensor]:
+def _masks(shape: Shape, g: torch.Generator, B: int, T: int) -> tuple[Tensor, Tensor]:
     """Which tokens count, and which are inside their sequence, both (B, T)."""
-    if kind == "whole":
+    if shape.mask == "whole":
         return torch.ones(B, T, dtype=torch.bool), torch.ones(B, T, dtype=torch.bool)
-    inside = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
-    if kind == "none":
+    inside = torch.arange(T) < torch.tensor(shape.lengths)[:, None]
+    if shape.mask == "none":
         return torch.zeros(B, T, dtype=torch.bool), inside
     hole = torch.rand(B, T, generator=g) < 0.15
     # the sequence of one token keeps it
