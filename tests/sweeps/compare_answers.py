@@ -91,7 +91,7 @@ def _leaves(call: Call, data: Data) -> dict[str, Tensor]:
     if call.function in ("policy_loss", "logprob"):
         return {"logits": data.logits.clone().requires_grad_()}
     if call.function == "token_losses":
-        return {"logp": (data.old_logp + 0.1 * data.ref_logp.sin()).requires_grad_()}
+        return {"logp": (data.ref_logp + 0.1 * (5 * data.old_logp).sin()).requires_grad_()}
     names = ("hidden", "weight", "bias", "A", "B")
     return {n: getattr(data, n).clone().requires_grad_(n in call.trained) for n in names}
 
@@ -160,15 +160,18 @@ def check_realistic(calls: list[Call], answers: dict[str, Answer]) -> list[str]:
 
 def _clipped(call: Call, got: Answer) -> float | None:
     """Share of the tokens that a bound holds; None where there is none, or nobody counts them."""
-    counted = call.name.startswith(("preset/", "kl/")) and "metric/clip_ratio" in got
-    if not counted or "old_logp" not in call.given:
+    counted = call.name.startswith(("preset/", "kl/")) and "old_logp" in call.given
+    if not counted or call.config["loss_type"] not in BOUNDS:
         return None
     loss_type = call.config["loss_type"]
     if loss_type.startswith("dppo"):
         # a KL gives a gradient to every token
-        active = 1 - (got["metric/active_rows"] / got["metric/tokens"]).item()
-        return None if call.config.get("beta") else active
-    return got["metric/clip_ratio"].item() if loss_type in BOUNDS else None
+        if call.config.get("beta"):
+            return None
+        return 1 - (got["metric/active_rows"] / got["metric/tokens"]).item()
+    if call.function == "token_losses":
+        return got["clipped"].float().mean().item()
+    return got["metric/clip_ratio"].item()
 
 
 def record(path: Path, match: str) -> int:

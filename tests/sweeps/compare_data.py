@@ -109,18 +109,10 @@ def draw(seed: int, shape: Shape) -> Data:
         "temperature": temperature,
         "ref_hidden": normal(B, T, H_REF).to(shape.dtype),
     }
-    advantages = torch.tensor([1.3, -0.7, -1.1, 0.4, 0.9, -0.5])
-    if shape.advantages == "some_zero":
-        advantages[::2] = 0.0
-    if shape.advantages == "zero":
-        advantages = torch.zeros(B)
-    if shape.advantages == "token":
-        advantages = tokens["advantages"] = (advantages[:, None] + 0.5 * normal(B, T)).float()
-    for name, value in tokens.items():
-        if value.is_floating_point():
-            value[~counted] = torch.nan
-        elif name == "ids":
-            value[~counted] = -100
+    advantages = _advantages(shape.advantages, normal(B, T))
+    if advantages.dim() == 2:
+        tokens["advantages"] = advantages
+    tokens = {name: _hidden_behind(value, counted) for name, value in tokens.items()}
     if shape.layout != "padded":
         tokens = {name: value[inside] for name, value in tokens.items()}
     lengths = inside.sum(1)
@@ -147,6 +139,24 @@ def _logits(hidden, weight, bias, A, B, head: tuple[str, ...]) -> Tensor:
     if "logit_scale" in head:
         z = z * LOGIT_SCALE
     return SOFTCAP * torch.tanh(z / SOFTCAP) if "softcap" in head else z
+
+
+def _advantages(kind: str, noise: Tensor) -> Tensor:
+    """(B,) of both signs, or (B, T) near them."""
+    advantages = torch.tensor([1.3, -0.7, -1.1, 0.4, 0.9, -0.5])
+    if kind == "some_zero":
+        advantages[::2] = 0.0
+    if kind == "zero":
+        return torch.zeros_like(advantages)
+    return (advantages[:, None] + 0.5 * noise).float() if kind == "token" else advantages
+
+
+def _hidden_behind(value: Tensor, counted: Tensor) -> Tensor:
+    """NaN, or an id outside every vocabulary, where a token does not count."""
+    if value.dtype == torch.bool:
+        return value
+    value[~counted] = torch.nan if value.is_floating_point() else -100
+    return value
 
 
 def _masks(shape: Shape, g: torch.Generator, B: int, T: int) -> tuple[Tensor, Tensor]:
