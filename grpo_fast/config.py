@@ -13,8 +13,10 @@ from grpo_fast.presets import (
     KL_ESTIMATORS,
     LEVELS,
     OBJECTIVES,
+    OWNED,
     PRESETS,
     ROLLOUT_CORRECTIONS,
+    Objective,
     Preset,
 )
 
@@ -144,17 +146,17 @@ class LossConfig:
         low, high = self.rollout_ratio_min, self.rollout_ratio_max
         if low is not None and high is not None and low > high:
             fail("rollout_ratio_min", f"at most rollout_ratio_max = {high:g}", f"{low:g}")
-        if self.loss_type == "cispo" and self.cispo_ratio_min > self.upper_epsilon:
-            expected = f"at most epsilon_high = {self.upper_epsilon:g}"
-            fail("cispo_ratio_min", expected, f"{self.cispo_ratio_min:g}")
+        low, high = self.ratio_bounds
+        if low > high:
+            fail(self.objective.bounds[0], f"at most epsilon_high = {high:g}", f"{low:g}")
         self._check_delta()
         self._check_owned()
         self._check_length()
-        if self.loss_type == "cispo" and self.epsilon_high is None:
+        if self.objective.raw_bound and self.epsilon_high is None:
             warnings.warn(
-                f"loss_type='cispo' without epsilon_high bounds the ratio at {self.epsilon} "
-                "(as in TRL), which scales every on-policy gradient by that number; set "
-                "epsilon_high, e.g. 5.0.",
+                f"loss_type={self.loss_type!r} without epsilon_high bounds the ratio at "
+                f"{self.epsilon} (as in TRL), which scales every on-policy gradient by that "
+                "number; set epsilon_high, e.g. 5.0.",
                 stacklevel=3,
             )
 
@@ -181,18 +183,17 @@ class LossConfig:
     def _check_delta(self) -> None:
         if self.delta is None:
             return
-        if "ratio_cap" not in OBJECTIVES[self.preset.objective].parameters:
-            bounded = "already bounds the ratio" if self.loss_type == "cispo" else "has no such cap"
+        bounded = self.objective.bounds is not None
+        if "ratio_cap" not in self.objective.parameters:
+            bounded = "already bounds the ratio" if bounded else "has no such cap"
             fail("delta", f"None: {self.loss_type} {bounded}", repr(self.delta))
-        least = self.ratio_high if self.preset.objective == "clip" else 0.0
+        least = self.ratio_high if bounded else 0.0
         _check_number("delta", self.delta, least, above=True)
 
     def _check_owned(self) -> None:
-        mine = OBJECTIVES[self.preset.objective].parameters
         for f in fields(self):
-            owner = f.name.split("_")[0]
-            value = getattr(self, f.name)
-            if owner in ("cispo", "sapo", "vespo") and f.name not in mine and value != f.default:
+            owner, value = OWNED.get(f.name, self.preset.objective), getattr(self, f.name)
+            if owner != self.preset.objective and value != f.default:
                 expected = f"{f.default} with {self.loss_type}, since only {owner} has it"
                 fail(f.name, expected, repr(value))
 
@@ -212,6 +213,11 @@ class LossConfig:
         return PRESETS[self.loss_type]
 
     @property
+    def objective(self) -> Objective:
+        """The row of `OBJECTIVES` of its loss."""
+        return OBJECTIVES[self.preset.objective]
+
+    @property
     def level(self) -> str:
         """Level of the ratio, one of `LEVELS`."""
         return self.importance_sampling_level or (*self.preset.levels, "token")[0]
@@ -227,6 +233,16 @@ class LossConfig:
         return float(self.epsilon if self.epsilon_high is None else self.epsilon_high)
 
     @property
+    def clip_low(self) -> float:
+        """1 - epsilon."""
+        return 1.0 - self.epsilon
+
+    @property
+    def clip_high(self) -> float:
+        """1 + epsilon_high, or 1 + epsilon."""
+        return 1.0 + self.upper_epsilon
+
+    @property
     def ratio_low(self) -> float:
         """Lowest ratio that the clip leaves as it is."""
         return self.ratio_bounds[0]
@@ -239,25 +255,20 @@ class LossConfig:
     @property
     def ratio_bounds(self) -> tuple[float, float]:
         """Lowest and highest ratio that still carries a gradient in the direction it pushes."""
-        objective = self.preset.objective
-        if objective == "cispo":
-            return self.cispo_ratio_min, self.upper_epsilon
-        if objective == "clip":
-            return 1.0 - self.epsilon, 1.0 + self.upper_epsilon
-        if self.level == "sequence_clipped":
+        if self.objective.bounds is not None:
+            low, high = self.objective.bounds
+            return getattr(self, low), getattr(self, high)
+        if LEVELS[self.level].clips_tokens:
             return math.exp(-self.epsilon), math.exp(self.upper_epsilon)
         return 0.0, math.inf
 
     @property
     def ratio_cap(self) -> float:
-        """`delta`, or infinity (3 for ppo, 20 for dppo)."""
-        if self.delta is None:
-            return {"ppo": 3.0, "dppo_tv": 20.0, "dppo_kl": 20.0}.get(self.loss_type, math.inf)
-        return float(self.delta)
+        """`delta`, or the cap of the preset."""
+        return self.preset.cap if self.delta is None else float(self.delta)
 
     @property
     def parameters(self) -> tuple[float, float, float, float]:
         """The numbers of the objective, 0 where it takes fewer."""
-        names = OBJECTIVES[self.preset.objective].parameters
-        values = [float(getattr(self, name)) for name in names]
+        values = [float(getattr(self, name)) for name in self.objective.parameters]
         return tuple(values + [0.0] * (4 - len(values)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -24,6 +25,8 @@ class Preset:
     """How its paper makes advantages of rewards: a function of `advantages.py`, or "given"."""
     source: str
     """The paper the variant comes from (title, year), or who named it."""
+    cap: float = math.inf
+    """Cap of the unclipped ratio where `delta` is None."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,44 @@ class Objective:
     """True when its derivative reaches the policy through the importance ratio."""
     parameters: tuple[str, ...]
     """Attributes of `LossConfig` that it gets as its numbers, at most four."""
+    bounds: tuple[str, str] | None = None
+    """Attributes of `LossConfig`: lowest and highest ratio that still carries a gradient in the
+    direction its advantage pushes. None: those of the level, if any."""
+    raw_bound: bool = False
+    """True when epsilon_high is the highest ratio itself, not its distance from 1."""
+    factor_of: str | None = None
+    """The objective of whose advantage this one is a factor, so that a KL is weighted by each
+    token's own ratio; its ratio is that to the policy that sampled. None: it is a loss itself."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """What the importance ratio of a token is made of (`objective/levels.py`)."""
+
+    of_sequence: bool
+    """True when it needs the log-probs of its whole sequence."""
+    clips_tokens: bool = False
+    """True when the log-ratios of tokens are clipped to epsilon nats before they are averaged, each
+    on the side of its own advantage."""
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "clip": Objective(True, ("ratio_low", "ratio_high", "ratio_cap")),
+    "clip": Objective(
+        True, ("ratio_low", "ratio_high", "ratio_cap"), bounds=("clip_low", "clip_high")
+    ),
     "surrogate": Objective(True, ()),
     "sapo": Objective(True, ("sapo_temperature_pos", "sapo_temperature_neg")),
-    "cispo": Objective(False, ("cispo_ratio_min", "upper_epsilon")),
+    "cispo": Objective(
+        False,
+        ("cispo_ratio_min", "upper_epsilon"),
+        bounds=("cispo_ratio_min", "upper_epsilon"),
+        raw_bound=True,
+    ),
     "reinforce": Objective(False, ()),
     "vespo": Objective(
-        False, ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg")
+        False,
+        ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+        factor_of="reinforce",
     ),
     "dppo_tv": Objective(False, ("epsilon", "upper_epsilon", "ratio_cap")),
     "dppo_kl": Objective(False, ("epsilon", "upper_epsilon", "ratio_cap")),
@@ -82,9 +113,9 @@ PRESETS: dict[str, Preset] = {
     "gmpo": Preset("surrogate", ("sequence_clipped",), "sequence_mean", True, "group", _GMPO),
     "reinforce": Preset("reinforce", (), "sequence_sum", True, "given", _REINFORCE),
     "rloo": Preset("clip", ("sequence_product",), "sequence_mean", True, "leave_one_out", _RLOO),
-    "ppo": Preset("clip", ("token",), "token_mean", True, "given", _PPO),
-    "dppo_tv": Preset("dppo_tv", ("token",), "token_mean", True, "group", _DPPO),
-    "dppo_kl": Preset("dppo_kl", ("token",), "token_mean", True, "group", _DPPO),
+    "ppo": Preset("clip", ("token",), "token_mean", True, "given", _PPO, cap=3.0),
+    "dppo_tv": Preset("dppo_tv", ("token",), "token_mean", True, "group", _DPPO, cap=20.0),
+    "dppo_kl": Preset("dppo_kl", ("token",), "token_mean", True, "group", _DPPO, cap=20.0),
     "gpg": Preset("reinforce", (), "token_mean", True, "centered", _GPG),
     "reward_weighted": Preset("reinforce", (), "sequence_sum", True, "reward_weights", _RWR),
 }
@@ -96,7 +127,20 @@ AGGREGATIONS = {
     "constant_length": "sequences",
 }
 KL_ESTIMATORS = ("k1", "k2", "k3", "absolute")
-LEVELS = ("token", "sequence", "sequence_token", "sequence_product", "sequence_clipped")
+LEVELS = {
+    "token": Level(of_sequence=False),
+    "sequence": Level(of_sequence=True),
+    "sequence_token": Level(of_sequence=True),
+    "sequence_product": Level(of_sequence=True),
+    "sequence_clipped": Level(of_sequence=True, clips_tokens=True),
+}
+# field of `LossConfig` -> the objective that alone reads it
+OWNED = {
+    field: name
+    for name, objective in OBJECTIVES.items()
+    for field in objective.parameters
+    if field.startswith(f"{name}_")
+}
 ROLLOUT_CORRECTIONS = tuple(
     f"{level}_{mode}"
     for level in ("token", "sequence", "geometric")

@@ -215,4 +215,6 @@ def check_corrections(
 
 
 def _agree(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert abs(got.item() - want.item()) <= BOUND * max(abs(want.item()), 1e-2)
+    # The loss sums terms of both signs near 1: vespo's is -0.003, and fp32 products of another CPU
+    # move it by 2e-7, which is 2.01e-5 of 0.01.
+    assert abs(got.item() - want.item()) <= BOUND * max(abs(want.item()), 2e-2)

@@ -18,16 +18,16 @@ CHECKS = []
 
 
 def _logprob(ids, hidden, head):
-    options = {"temperature": 0.8, "entropy": True, **head.options}
-    out = linear_logprob(hidden[:, :-1], head.weight, ids[:, 1:], **options)
+    options = {"temperature": 0.8, "entropy": True}
+    out = linear_logprob(hidden[:, :-1], head, ids[:, 1:], **options)
     return (out.logp * torch.arange(8.0)).sum() + out.entropy.sum()
 
 
 def _loss(ids, hidden, head):
     config = LossConfig(loss_type="gspo")
-    given = {"config": config, **head.options}
+    given = {"config": config}
     advantages = torch.tensor([1.0, -0.5])
-    return linear_policy_loss(hidden[:, :-1], head.weight, ids[:, 1:], advantages, **given)[0]
+    return linear_policy_loss(hidden[:, :-1], head, ids[:, 1:], advantages, **given)[0]
 
 
 def _agrees(family: str, own_group: bool, score) -> None:

@@ -23,7 +23,7 @@ def test_an_adapter_on_the_head_is_part_of_it():
             logp = model(
                 input_ids=ids,
                 position_ids=positions,
-                head_fn=lambda h, head: linear_logprob(h, head.weight, ids, **head.options).logp,
+                head_fn=lambda h, head: linear_logprob(h, head, ids).logp,
             )
         else:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits

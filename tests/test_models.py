@@ -51,7 +51,7 @@ class Wrapper(nn.Module):
 def score(hidden: torch.Tensor, head: Head) -> torch.Tensor:
     """(R, L) log-probabilities of the token 3 at every place."""
     ids = torch.full(hidden.shape[:2], 3)
-    return linear_logprob(hidden, head.weight, ids, **head.options).logp
+    return linear_logprob(hidden, head, ids).logp
 
 
 def truth(model: nn.Module) -> torch.Tensor:

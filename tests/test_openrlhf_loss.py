@@ -223,7 +223,7 @@ def test_options_that_are_not_of_install(name):
         ({"loss_type": "reward_weighted"}, {}, "loss_type: .*reinforce is the loss"),
         ({"loss_type": "dapo", "clip": 1}, {}, "clip: expected one of aggregation, cispo_ratio"),
         ({"loss_type": "dapo", "epsilon": -1.0}, {}, "epsilon: expected"),
-        ({"loss_type": "dr_grpo"}, {}, "max_completion_length: expected a number of tokens: dr_grpo divides by it"),
+        ({"loss_type": "dr_grpo"}, {}, "max_completion_length: expected a number"),
         ({"loss_type": "dapo"}, {"clip_eps_low": -1.0}, "clip_eps_low: expected"),
         ({"loss_type": "dapo"}, {"dual_clip": 1.1}, "dual_clip: expected .* > 1.2"),
         ({"loss_type": "sapo"}, {"dual_clip": 3.0}, "dual_clip: sapo has no such cap"),

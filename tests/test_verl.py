@@ -190,7 +190,7 @@ def test_patching_again_keeps_what_was_registered():
         (("mine", "cispo"), {"delta": 3.0}, "delta: cispo has no use for it"),
         (("mine", "dapo"), {"delta": 1.1}, "delta: expected a finite number > 1.2"),
         (("mine", "dapo"), {"epsilon": -1.0}, "epsilon: expected"),
-        (("mine", "dapo"), {"vespo_k_pos": 1.0}, "vespo_k_pos: expected 2.0 with dapo, since only vespo"),
+        (("mine", "dapo"), {"vespo_k_pos": 1.0}, "vespo_k_pos: expected 2.0 with dapo"),
         (("vanilla", "dapo"), {}, "name: verl has a policy loss 'vanilla'"),
     ],
 )

@@ -3,6 +3,7 @@ back silently."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -25,13 +26,19 @@ class Backend(NamedTuple):
     policy: Callable
 
 
+@functools.cache
+def _has_triton() -> bool:
+    # a look at the file system, which is not for every call
+    return importlib.util.find_spec("triton") is not None
+
+
 def _choose(device: torch.device) -> tuple[str, str]:
     asked = os.environ.get(VARIABLE, "auto").lower() or "auto"
     if asked not in ("auto", "torch", "triton"):
         fail(VARIABLE, "auto, torch or triton", repr(asked))
     if asked == "torch":
         return "torch", f"{VARIABLE}=torch"
-    has_triton = importlib.util.find_spec("triton") is not None
+    has_triton = _has_triton()
     accelerator = device.type in ("cuda", "xpu")
     if asked == "auto" and not accelerator:
         return "torch", f"Triton has no {device.type} code generator"

@@ -66,16 +66,6 @@ class Head:
         bias, softcap = tensors.get("bias"), numbers["softcap"]
         return cls(tensors["weight"], bias, softcap, numbers["logit_scale"], lora)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """All but the weight and the ranks, as the keywords that `linear_*` functions take."""
-        return {
-            "bias": self.bias,
-            "softcap": self.softcap,
-            "logit_scale": self.logit_scale,
-            "lora": self.lora,
-        }
-
 
 def as_head(
     weight: Tensor | Head,

@@ -97,9 +97,9 @@ def _local_forward(
     ids, mask = input_ids[:, -logits_to_keep:], _MASK.get()
 
     def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, Tensor | None]:
-        rows, options = hidden[:, -logits_to_keep - 1 : -1], dict(head.options)
-        options |= {"temperature": self.temperature, "entropy": compute_entropy, "mask": mask}
-        out = linear_logprob(rows, head.weight, ids, **options)
+        rows = hidden[:, -logits_to_keep - 1 : -1]
+        options = {"temperature": self.temperature, "entropy": compute_entropy, "mask": mask}
+        out = linear_logprob(rows, head, ids, **options)
         return out.logp, out.entropy
 
     given = {n: v for n, v in model_inputs.items() if n not in ("logits_to_keep", "use_cache")}

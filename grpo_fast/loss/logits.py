@@ -11,9 +11,10 @@ from grpo_fast import checks
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.backend import Backend, select
 from grpo_fast.engine.gradients import fp16_scale
-from grpo_fast.objective.batch import Batch, objective_arguments, prepare, rollout_arguments
+from grpo_fast.objective.batch import Batch, prepare, rollout_arguments
 from grpo_fast.objective.terms import TokenTerms, evaluate, named_terms
 from grpo_fast.objective.terms import per_token as terms_of_tokens
+from grpo_fast.objective.token_loss import token_loss_of
 from grpo_fast.objective.tokens import Tokens, Totals
 
 from . import compiled
@@ -70,7 +71,7 @@ def _logits_one_pass(backend: Backend, cube: Tensor, batch: Batch, active, out, 
         active=active,
         **options,
         **more,
-        **objective_arguments(batch.config),
+        **token_loss_of(batch.config).arguments,
     )
     return named_terms(terms, batch, None, batch.rows.mask), None
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from grpo_fast.engine.chunks import Chunk, LinearHead, Needs
 from grpo_fast.engine.gradients import HeadGradients, compact, fp16_scale
 from grpo_fast.engine.logprob import head_gradients, head_stats
-from grpo_fast.objective.batch import Batch, objective_arguments, rollout_arguments
+from grpo_fast.objective.batch import Batch, rollout_arguments
 from grpo_fast.objective.terms import Terms, evaluate, named_terms
+from grpo_fast.objective.token_loss import token_loss_of
 
 Gradients = list[Tensor | None]
 # rows of a chunk, their statistics (4, k) -> d loss / d logp and by the entropy, each (k,)
@@ -78,7 +79,7 @@ def one_pass(
     n_gradient = rows.n_gradient if any(needs) else 0
     grads = HeadGradients(head, needs, main_grad)
     config = batch.config
-    options = objective_arguments(config)
+    options = dict(token_loss_of(config).arguments)
     if config.entropy_coef > 0:
         options["entropy_coef"] = config.entropy_coef
 

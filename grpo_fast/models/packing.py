@@ -271,12 +271,11 @@ def completion_logprobs(
     def score(hidden: Tensor, head: Head) -> Tensor | tuple[Tensor, Tensor]:
         out = linear_logprob(
             batch.select(hidden),
-            head.weight,
+            head,
             batch.ids,
             temperature=temperature,
             entropy=entropy,
             workspace_bytes=workspace_bytes,
-            **head.options,
         )
         return (out.logp, out.entropy) if entropy else out.logp
 

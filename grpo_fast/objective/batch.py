@@ -10,11 +10,11 @@ from torch import Tensor
 
 from grpo_fast import checks
 from grpo_fast.config import LossConfig
-from grpo_fast.presets import OBJECTIVES
+from grpo_fast.presets import LEVELS
 from grpo_fast.rows import Rows, boundaries_on, check_temperature, flat_mask, flatten, per_token
 
 from . import objectives
-from .corrections import rollout_bounds, rollout_factor, scaled
+from .corrections import corrected, correction_stage, rollout_bounds
 from .tokens import Tokens, Totals
 from .weights import boundaries, sequence_sum, spread, token_weights
 
@@ -82,21 +82,7 @@ def needs_sequences(config: LossConfig, has_rollout: bool) -> bool:
     """True when a token's derivative needs the log-probs of its whole sequence."""
     by_sequence = has_rollout and not config.rollout_correction.startswith("token")
     masked = config.off_policy_mask_threshold is not None
-    return config.level != "token" or by_sequence or masked
-
-
-def objective_arguments(config: LossConfig) -> dict[str, object]:
-    """The arguments of `objectives.token_loss` that come from the configuration."""
-    return {
-        "token_loss": objectives.token_loss,
-        "objective": getattr(objectives, config.preset.objective),
-        "kl": getattr(objectives, config.kl_estimator),
-        "kl_gradient": getattr(objectives, config.kl_gradient or config.kl_estimator),
-        "through_ratio": OBJECTIVES[config.preset.objective].through_ratio,
-        "weight_kl": config.use_bias_correction_kl,
-        "parameters": config.parameters,
-        "beta": config.beta,
-    }
+    return LEVELS[config.level].of_sequence or by_sequence or masked
 
 
 def rollout_arguments(batch: Batch, rollout_logp: Tensor | None) -> dict[str, object]:
@@ -221,14 +207,11 @@ def _check_options(
 
 
 def _correct(config, advantages, fields, mask, bounds):
-    """Advantages with the rollout correction in them: old and rollout log-probs are both known.
-
-    Not where a token of factor 0 still has a side to be clipped on.
-    """
+    """Advantages with the rollout correction in them, where it comes before the pass."""
     gap = fields["old_logp"] - fields["rollout_logp"]
     fields = {**fields, "rollout_gap": gap}
-    if config.preset.objective != "vespo" and config.level != "sequence_clipped":
-        advantages = scaled(advantages, rollout_factor(config, gap, mask, bounds))
+    if correction_stage(config, has_old=True) == "before":
+        advantages = corrected(config, advantages, gap, mask, bounds)
         if config.off_policy_mask_threshold is None:
             fields["rollout_logp"] = None
     return advantages, fields

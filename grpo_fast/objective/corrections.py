@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
+from grpo_fast.presets import LEVELS
 
 from .objectives import rollout_weight
 from .weights import sequence_sum, spread
@@ -43,6 +44,25 @@ def rollout_factor(
             total = total / sequence_sum(known.to(total.dtype), bounds).clamp(min=1.0)
         log_ratio = spread(total, bounds, log_ratio.numel())
     return rollout_weight(log_ratio, low, high, mode == "mask")
+
+
+def correction_stage(config: LossConfig, has_old: bool) -> str:
+    """Where the rollout correction becomes a factor of the advantage.
+
+    `before` the pass, when both log-probs are known beforehand; in the `pass` when the old ones are
+    the policy's own, or when the level clips tokens on the side of their advantage, which a factor
+    of 0 would hide; in the `objective`, when that takes the ratio to the policy that sampled.
+    """
+    if config.objective.factor_of is not None:
+        return "objective"
+    return "before" if has_old and not LEVELS[config.level].clips_tokens else "pass"
+
+
+def corrected(
+    config: LossConfig, advantages: Tensor, log_ratio: Tensor, mask: Tensor, bounds: Tensor | None
+) -> Tensor:
+    """Advantages with the rollout correction in them; log_ratio as in `rollout_factor`."""
+    return scaled(advantages, rollout_factor(config, log_ratio, mask, bounds))
 
 
 def on_policy_factor(

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from grpo_fast.presets import LEVELS
+
 from .weights import sequence_sum, spread
 
 
@@ -43,7 +45,7 @@ def lift(
         return log_ratio, _identity
     n = log_ratio.numel()
     keep = None
-    if level == "sequence_clipped":
+    if LEVELS[level].clips_tokens:
         low, high = clip
         # A = 0 has no side, and a NaN stays
         clipped = ((advantages > 0) & (log_ratio > high)) | ((advantages < 0) & (log_ratio < -low))

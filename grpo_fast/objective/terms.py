@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LossConfig
+from grpo_fast.presets import LEVELS
 
-from . import corrections, objectives
-from .batch import Batch, objective_arguments
+from . import corrections
+from .batch import Batch
 from .levels import lift
 from .objectives import LOG_RATIO_LIMIT
+from .token_loss import token_loss_of
 
 
 class Terms(NamedTuple):
@@ -88,14 +89,14 @@ def evaluate(batch: Batch, stats: Tensor) -> Terms:
     Every route that does not evaluate a token inside a kernel comes through here.
     """
     config, mask = batch.config, batch.rows.mask
+    token_loss = token_loss_of(config)
     logp, entropy = stats[0], stats[1]
     zero = torch.zeros_like(logp)
     fields = batch.listed(None, logp.dtype)
     old = logp if batch.old_logp is None else fields["old_logp"]
     advantages, dropped = _advantages(batch, fields, logp, entropy, old)
     trained_on = old
-    if config.preset.objective == "vespo" and batch.rollout_logp is not None:
-        # its w is the ratio to the policy that sampled
+    if token_loss.factor is not None and batch.rollout_logp is not None:
         old = torch.where(torch.isnan(fields["rollout_logp"]), old, fields["rollout_logp"])
     # a banned token has logp - logp = NaN, as it must; a masked one is 0
     by_token = torch.where(mask, logp - old, zero)
@@ -103,26 +104,10 @@ def evaluate(batch: Batch, stats: Tensor) -> Terms:
     # the side a token is clipped on is that of its own advantage, corrected or not
     sides = fields["advantages"]
     log_ratio, pull = lift(config.level, by_token, mask, batch.bounds, sides, clip)
-    choice = objective_arguments(config)
-    if config.preset.objective == "vespo":
-        # phi is a factor of the advantage, so that a KL is weighted by each token's own ratio
-        advantages = _times_phi(config, log_ratio, logp, advantages)
-        choice["objective"] = objectives.reinforce
+    if token_loss.factor is not None:
+        advantages = token_loss.scaled(_ratio(log_ratio), logp, advantages)
         log_ratio, pull = torch.where(mask, logp - trained_on, zero), lambda by_ratio: by_ratio
-    loss, by_logp, by_ratio, ratio, kl = choice["token_loss"](
-        logp,
-        log_ratio,
-        logp if batch.ref_logp is None else fields["ref_logp"],
-        advantages,
-        *choice["parameters"],
-        config.beta,
-        choice["objective"],
-        choice["kl"],
-        choice["kl_gradient"],
-        choice["through_ratio"],
-        choice["weight_kl"],
-        batch.ref_logp is not None,
-    )
+    loss, by_logp, by_ratio, ratio, kl = token_loss(logp, log_ratio, fields["ref_logp"], advantages)
     weights = fields["weights"]
     dentropy = None
     if config.entropy_coef > 0:
@@ -133,7 +118,7 @@ def evaluate(batch: Batch, stats: Tensor) -> Terms:
     loss = torch.where(mask, loss * weights, zero)
     # a masked token of the sequence gets nothing of its ratio
     dlogp = by_logp + torch.where(mask, pull(by_ratio), zero)
-    if config.level == "sequence_clipped":
+    if LEVELS[config.level].clips_tokens:
         # its clip is one of token ratios
         log_ratio, ratio = by_token, _ratio(by_token)
     gap = batch.rollout_gap
@@ -146,12 +131,6 @@ def _ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def _times_phi(config: LossConfig, log_ratio: Tensor, logp: Tensor, advantages: Tensor) -> Tensor:
-    """phi A of VESPO, from the log-ratio of the sequence."""
-    _, slope = objectives.vespo(_ratio(log_ratio), logp, advantages, *config.parameters)
-    return -slope
-
-
 def _advantages(
     batch: Batch, fields: dict, logp: Tensor, entropy: Tensor, old: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -160,11 +139,9 @@ def _advantages(
     config, mask, bounds = batch.config, batch.rows.mask, batch.bounds
     advantages, rollout = fields["advantages"], fields["rollout_logp"]
     dropped = torch.zeros_like(mask)
-    # with old log-probs `prepare` has applied it, but for a level that asks for the sign of all
-    late = batch.old_logp is None or config.level == "sequence_clipped"
-    if rollout is not None and late and config.preset.objective != "vespo":
-        factor = corrections.rollout_factor(config, old - rollout, mask, bounds)
-        advantages = corrections.scaled(advantages, factor)
+    stage = corrections.correction_stage(config, batch.old_logp is not None)
+    if rollout is not None and stage == "pass":
+        advantages = corrections.corrected(config, advantages, old - rollout, mask, bounds)
     if config.off_policy_mask_threshold is not None:
         sampled = old if rollout is None else torch.where(torch.isnan(rollout), logp, rollout)
         factor = corrections.on_policy_factor(

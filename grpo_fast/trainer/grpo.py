@@ -232,7 +232,7 @@ class GRPOTrainer(RolloutTrainer):
         def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
             return linear_policy_loss(
                 packed.select(hidden),
-                head.weight,
+                head,
                 packed.ids,
                 micro["advantages"],
                 config=self.loss_config,
@@ -242,7 +242,6 @@ class GRPOTrainer(RolloutTrainer):
                 ref_logp=micro["ref_logp"],
                 denominator=micro.get("denominator"),
                 workspace_bytes=self.args.workspace_bytes,
-                **head.options,
             )
 
         return model(**packed.inputs(), head_fn=head_fn)

@@ -74,7 +74,7 @@ def _forward(
 
     def score(hidden: Tensor, head: Head) -> Tensor:
         more = {"temperature": self.temperature, "entropy": return_entropy}
-        out = linear_logprob(hidden, head.weight, targets, mask=kept, **more, **head.options)
+        out = linear_logprob(hidden, head, targets, mask=kept, **more)
         return torch.stack((out.logp, out.entropy) if return_entropy else (out.logp,), -1)
 
     with headless(self.model, score):

@@ -59,9 +59,9 @@ class FastGRPOTrainer(GRPOTrainer):
             if self.args.cast_lm_head_to_fp32:
                 own = torch.autocast(hidden.device.type, enabled=False)
             hidden = hidden[:, -ids.size(1) - 1 : -1]
-            given = {"mask": mask, "per_token": True, **options, **head.options}
+            given = {"mask": mask, "per_token": True, **options}
             with own:
-                loss, _, found = linear_policy_loss(hidden, head.weight, ids, **given)
+                loss, _, found = linear_policy_loss(hidden, head, ids, **given)
             tokens.append(found)
             return loss
 

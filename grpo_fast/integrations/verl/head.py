@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from grpo_fast.engine.head import Head
 from grpo_fast.engine.logprob import linear_logprob
 from grpo_fast.integrations.names import renamed
 from grpo_fast.models.head import backbone, find_head
@@ -25,14 +26,13 @@ _NAMES = {"hidden": "hidden_states", "weight": "vocab_weights", "ids": "input_id
 
 
 def head_logprobs(
-    hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float, **options: Any
+    hidden: Tensor, head: Head, ids: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies, both differentiable and fp32, shaped like ids."""
     if not torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(weight.dtype)
+        hidden = hidden.to(head.weight.dtype)
     with renamed(_NAMES):
-        options |= {"temperature": temperature, "entropy": True}
-        out = linear_logprob(hidden, weight, ids.long(), **options)
+        out = linear_logprob(hidden, head, ids.long(), temperature=temperature, entropy=True)
     return out.logp, out.entropy
 
 
@@ -50,7 +50,7 @@ class FusedLinearForPPO(nn.Module):
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """hidden_states (T, H) or (B, T, H); log-probs and entropies shaped like input_ids."""
-        return head_logprobs(hidden_states, vocab_weights, input_ids, temperature)
+        return head_logprobs(hidden_states, Head(vocab_weights), input_ids, temperature)
 
 
 def linear_cross_entropy(
@@ -69,7 +69,7 @@ def linear_cross_entropy(
         return _theirs(hidden, weight, labels, temperature, reduction, dist_process_group)
     if labels.shape != hidden.shape[:-1]:
         hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    return head_logprobs(hidden, weight, labels, temperature)
+    return head_logprobs(hidden, Head(weight), labels, temperature)
 
 
 def fused_forward(
@@ -99,9 +99,7 @@ def fused_forward(
     given = {name: value for name, value in inputs.items() if value is not None}
     outputs = backbone(self)(input_ids=input_ids, return_dict=True, **given)
     head = find_head(self)
-    logp, entropy = head_logprobs(
-        outputs[0], head.weight, shift_labels, temperature, **head.options
-    )
+    logp, entropy = head_logprobs(outputs[0], head, shift_labels, temperature)
     kept = ("past_key_values", "hidden_states", "attentions")
     kept = {name: getattr(outputs, name, None) for name in kept}
     return CausalLMOutputForPPO(log_probs=logp, entropy=entropy, **kept)
