@@ -101,63 +101,63 @@ test: $(ENVIRONMENT)
 
 test-torch: $(ENVIRONMENT)
 	@echo "== everything that runs without Triton's interpreter or compiler (and on a GPU, if any)"
-	$(PYTEST) tests --ignore-glob='*/test_triton_*.py' --ignore-glob='*/test_trl*.py' \
-		--ignore=tests/test_aot.py
+	$(PYTEST) tests --ignore-glob='*/test_triton_*.py' --ignore=tests/kernels/test_aot.py \
+		--ignore=tests/integrations/trl
 
 # 5: TRL needs Python 3.11, and without it every file here is skipped as a whole.
 test-trl: .trl/.installed
 	@echo "== the adapter for TRL against TRL's own trainers"
-	PYTHONPATH=.trl $(PYTEST) tests/test_trl*.py || [ $$? = 5 ]
+	PYTHONPATH=.trl $(PYTEST) tests/integrations/trl || [ $$? = 5 ]
 
 # Every combination of the options that test-trl trains a covering part of: 256 pairs of runs.
 test-trl-full: .trl/.installed
-	GRPO_FAST_TRL=full PYTHONPATH=.trl $(PYTEST) tests/test_trl.py || [ $$? = 5 ]
+	GRPO_FAST_TRL=full PYTHONPATH=.trl $(PYTEST) tests/integrations/trl/test_trl.py || [ $$? = 5 ]
 
 # Triton reads the variable when it is imported, so these files need a process of their own.
 test-interpreter: $(ENVIRONMENT)
 	@echo "== the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_*.py
+	TRITON_INTERPRET=1 $(PYTEST) --backend interpret tests/kernels/test_triton_*.py tests/loss/test_promises.py
 
 test-aot: $(ENVIRONMENT)
 	@echo "== every kernel compiled ahead of time for each GPU"
-	$(RUN) tests/aot.py
-	$(PYTEST) tests/test_aot.py
+	$(RUN) tests/support/aot.py
+	$(PYTEST) tests/kernels/test_aot.py
 
 test-aot36: .triton36/.installed
 	@echo "== the same with Triton 3.6.0, the oldest supported"
-	PYTHONPATH=.triton36 $(RUN) tests/aot.py
-	PYTHONPATH=.triton36 $(PYTEST) tests/test_aot.py
+	PYTHONPATH=.triton36 $(RUN) tests/support/aot.py
+	PYTHONPATH=.triton36 $(PYTEST) tests/kernels/test_aot.py
 
 # GRPO_FAST_SWIFT=full trains with every combination of the options, of which this is a part.
 test-swift: .swift/.installed
 	@echo "== the adapter for ms-swift against ms-swift's own runs"
-	PYTHONPATH=.swift $(PYTEST) tests/test_swift*.py
+	PYTHONPATH=.swift $(PYTEST) tests/integrations/swift
 
 test-deepspeed: .deepspeed/.installed
-	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/test_zero3.py
+	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/engine/test_zero3.py
 
 test-openrlhf: .openrlhf/.installed
 	@echo "== the adapter for OpenRLHF against OpenRLHF itself"
-	PYTHONPATH=.openrlhf:tests/openrlhf_stubs DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
-		$(PYTEST) tests/test_openrlhf*.py
+	PYTHONPATH=.openrlhf:tests/support/openrlhf_stubs DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
+		$(PYTEST) tests/integrations/openrlhf
 
 # Its result is committed. ARGS="--only curves" runs one sweep and keeps what the others found.
 test-full: $(ENVIRONMENT)
-	$(RUN) tests/full.py $(ARGS)
+	$(RUN) tests/sweeps/full.py $(ARGS)
 
 # `make test` runs these files too, and compares with whatever Liger is installed there.
 test-liger: .liger/.installed
 	@echo "== the names of Liger-Kernel against the package itself"
-	PYTHONPATH=.liger $(PYTEST) tests/test_liger*.py tests/test_token_losses.py
-	PYTHONPATH=.liger TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_liger.py
+	PYTHONPATH=.liger $(PYTEST) tests/integrations/liger tests/objective/test_token_losses.py
+	PYTHONPATH=.liger TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_triton_liger.py
 
 # Where verl cannot be imported every test is skipped, which pytest counts as a failure (5).
 test-verl: .verl/.installed
 	@echo "== the adapter for verl against verl's own losses, forwards and engine"
-	PYTHONPATH=.verl $(PYTEST) tests/test_verl*.py
+	PYTHONPATH=.verl $(PYTEST) tests/integrations/verl
 
 test-gpu: $(ENVIRONMENT)
-	$(PYTEST) tests -m gpu --ignore-glob='*/test_triton_*.py' --ignore=tests/test_aot.py
+	$(PYTEST) tests -m gpu --ignore-glob='*/test_triton_*.py' --ignore=tests/kernels/test_aot.py
 
 # Results are benchmarks/results/<set>.json and the page made of it. A run that was stopped goes on
 # where it was; ARGS=--fresh measures again.

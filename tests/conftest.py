@@ -1,7 +1,9 @@
 """What every test runs under: no network, fixed seeds, NaN in memory the library did not write.
 
-GPU tests are skipped without a GPU. Where TRITON_INTERPRET=1, Triton's interpreter gets the checks
-of `interpreter.py`.
+GPU tests are skipped without a GPU. `--backend` says what computes the row functions of the tests
+marked `kernels`: torch, the Triton kernels in Triton's interpreter, or the kernels on a GPU. It is
+one for a process, since Triton decides when it is imported whether a kernel is interpreted. The
+interpreter gets the checks of `interpreter.py`.
 """
 
 import functools
@@ -10,6 +12,7 @@ import math
 import os
 import random
 import sys
+from typing import NamedTuple
 
 # Both are read when transformers is imported, and the suite must not depend on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,10 +25,37 @@ import pytest
 import torch
 from torch.utils import _device
 
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from interpreter import install
+BACKENDS = ("torch", "interpret", "cuda")
 
-    install()
+
+class Running(NamedTuple):
+    """The backend of a run, and the device that its tensors belong on."""
+
+    name: str
+    device: str
+
+
+def pytest_addoption(parser):
+    sentence = "what computes the row functions of the tests marked kernels"
+    parser.addoption("--backend", choices=BACKENDS, default="torch", help=sentence)
+
+
+def pytest_configure(config):
+    if config.getoption("--backend") == "interpret":
+        # before anything imports triton
+        os.environ["TRITON_INTERPRET"] = "1"
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from interpreter import install
+
+        install()
+
+
+@pytest.fixture
+def backend(request, monkeypatch) -> Running:
+    """The one of `--backend`, which every call of the test gets."""
+    name = request.config.getoption("--backend")
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch" if name == "torch" else "triton")
+    return Running(name, "cuda" if name == "cuda" else "cpu")
 
 
 def pytest_collection_modifyitems(items):
