@@ -33,6 +33,9 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
+# where tests are marked `kernels`: a backend is a run of these, not files of its own
+KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/integrations/liger \
+	--ignore=tests/kernels/test_aot.py
 
 .PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
@@ -113,10 +116,10 @@ test-trl: .trl/.installed
 test-trl-full: .trl/.installed
 	GRPO_FAST_TRL=full PYTHONPATH=.trl $(PYTEST) tests/integrations/trl/test_trl.py || [ $$? = 5 ]
 
-# Triton reads the variable when it is imported, so these files need a process of their own.
+# Triton decides when it is imported whether it interprets, so each backend has its own process.
 test-interpreter: $(ENVIRONMENT)
 	@echo "== the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 $(PYTEST) --backend interpret tests/kernels/test_triton_*.py tests/loss/test_promises.py
+	$(PYTEST) $(KERNEL_TESTS) -m kernels --backend interpret
 
 test-aot: $(ENVIRONMENT)
 	@echo "== every kernel compiled ahead of time for each GPU"
@@ -149,7 +152,7 @@ test-full: $(ENVIRONMENT)
 test-liger: .liger/.installed
 	@echo "== the names of Liger-Kernel against the package itself"
 	PYTHONPATH=.liger $(PYTEST) tests/integrations/liger tests/objective/test_token_losses.py
-	PYTHONPATH=.liger TRITON_INTERPRET=1 $(PYTEST) tests/kernels/test_triton_liger.py
+	PYTHONPATH=.liger $(PYTEST) tests/integrations/liger -m kernels --backend interpret
 
 # Where verl cannot be imported every test is skipped, which pytest counts as a failure (5).
 test-verl: .verl/.installed
@@ -157,7 +160,8 @@ test-verl: .verl/.installed
 	PYTHONPATH=.verl $(PYTEST) tests/integrations/verl
 
 test-gpu: $(ENVIRONMENT)
-	$(PYTEST) tests -m gpu --ignore-glob='*/test_triton_*.py' --ignore=tests/kernels/test_aot.py
+	$(PYTEST) tests -m "kernels or gpu" --backend cuda --ignore-glob='*/test_triton_*.py' \
+		--ignore=tests/kernels/test_aot.py
 
 # Results are benchmarks/results/<set>.json and the page made of it. A run that was stopped goes on
 # where it was; ARGS=--fresh measures again.

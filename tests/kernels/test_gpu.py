@@ -1,5 +1,5 @@
-"""The kernels on a real GPU: the same checks as in the interpreter, and what only a GPU can
-show.
+"""What only a real GPU can show of the kernels. `--backend cuda` runs the tests marked `kernels`
+there too.
 
 `GRPO_FAST_REHEARSAL=1` runs what also makes sense on a CPU there, with the torch backend: a mistake
 in this file is then found without a GPU.
@@ -8,29 +8,8 @@ in this file is then found without a GPU.
 import os
 
 import pytest
-import row_checks
 import torch
-from checks import (
-    check_beyond_the_clamp,
-    check_everything_together,
-    check_linear,
-    check_logits,
-    check_zero_advantages_leave_the_backward,
-)
-from correction_checks import CORRECTIONS, check_corrections
-from loss_cases import configurations, make_case, preset_config, relative, truth
-from op_checks import (
-    check_extreme_ratios_are_clamped_and_counted,
-    check_half_precision_logits,
-    check_logprob,
-    check_low_precision,
-    check_nan_is_seen,
-    check_row_statistics_do_not_depend_on_batch,
-    check_small_gradients_survive_fp16,
-    check_stable_ends,
-    check_steep_ratios_in_fp16,
-    check_transforms,
-)
+from loss_cases import make_case, preset_config, relative, truth
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, logprob
 from grpo_fast.engine import chunks
@@ -49,41 +28,6 @@ def on_gpu():
     assert select("cuda").name == "triton"
     with torch.device("cuda"):
         yield
-
-
-@pytest.mark.parametrize("config, old, ref", configurations())
-def test_losses_equal_reference(config, old, ref):
-    check_linear(config, old, ref, packed=old)
-    check_logits(config, old, ref, inplace=old)
-
-
-@pytest.mark.parametrize("n, V", [(1, 1), (63, 77), (1000, 129), (64, 32001), (64, 151936)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_logprob_equals_float64(n, V, dtype):
-    check_logprob(n, V, dtype)
-
-
-@pytest.mark.parametrize(
-    "check",
-    [
-        check_stable_ends,
-        check_transforms,
-        check_nan_is_seen,
-        check_row_statistics_do_not_depend_on_batch,
-        check_extreme_ratios_are_clamped_and_counted,
-        check_small_gradients_survive_fp16,
-    ],
-    ids=lambda check: check.__name__,
-)
-def test_operation(check):
-    check()
-
-
-@pytest.mark.parametrize("V", [500, 32001])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_error_rule(dtype, level, V):
-    check_low_precision(dtype, level, V)
 
 
 @needs_gpu
@@ -125,52 +69,6 @@ def test_peak_memory_stays_within_the_workspace():
     used = torch.cuda.max_memory_allocated() - before
     # fp32 accumulators and the downcast gradients
     assert used <= 1.1 * ((4 + 2) * (N + V) * H + workspace)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("objective", ["dapo", "grpo", "cispo"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_everything_together(level, objective, frozen):
-    check_everything_together(level, objective, frozen)
-
-
-def test_zero_advantages_leave_the_backward():
-    check_zero_advantages_leave_the_backward()
-
-
-@pytest.mark.parametrize("beta, weighted", [(0.0, False), (1e-9, False), (1e-9, True)])
-def test_beyond_the_clamp(beta, weighted):
-    check_beyond_the_clamp(beta, weighted)
-
-
-@pytest.mark.parametrize("upstream", [1 / 7, 32768.0, 65536.0])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_logits(dtype, upstream):
-    check_half_precision_logits(dtype, upstream)
-
-
-def test_steep_ratios_in_fp16():
-    check_steep_ratios_in_fp16()
-
-
-@pytest.mark.parametrize("softcap", [None, 8.0])
-def test_rows_with_their_own_temperature_and_a_bonus(softcap):
-    row_checks.check_row_temperature(softcap)
-    row_checks.check_equal_row_temperatures_change_no_bit(softcap)
-    for by_row in (False, True):
-        row_checks.check_entropy_bonus(softcap, by_row)
-
-
-@pytest.mark.parametrize("masks", [False, True])
-@pytest.mark.parametrize("on_policy", [False, True])
-def test_rollout_weight(masks, on_policy):
-    row_checks.check_rollout_weight(masks, on_policy)
-
-
-@pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("name", CORRECTIONS)
-def test_corrections(name, old):
-    check_corrections("dapo", name, old=old)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -12,6 +12,7 @@ from full_properties import sweep
 from property_cases import Call
 from property_checks import Mismatch, compare, disagreement
 
+pytestmark = [pytest.mark.kernels, pytest.mark.triton]
 CASES = 120
 CONFIG = {"loss_type": "dapo", "temperature": 0.7}
 # calls on which something was wrong once

@@ -20,6 +20,8 @@ from interpreter import (  # noqa: E402
 )
 from triton.runtime.errors import InterpreterError  # noqa: E402
 
+pytestmark = [pytest.mark.kernels, pytest.mark.triton]
+
 
 @triton.jit
 def cast_kernel(x_ptr, y_ptr, n, EXPLICIT: tl.constexpr, BLOCK: tl.constexpr):

@@ -1,22 +1,82 @@
-"""Corrections of the objective, temperatures of their own, adapters, references from hidden states
-and fixed capacities, on the torch backend against the float64 reference."""
+"""Corrections of the objective and temperatures of their own against the float64 reference, on the
+backend of the run."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from correction_checks import CORRECTIONS, FULL, check_corrections, correction_case, make_extras
+from correction_cases import (
+    CORRECTIONS,
+    FULL,
+    arguments,
+    correction_case,
+    expected,
+    make_extras,
+    packed,
+)
+from loss_cases import BOUND, relative
 
-from grpo_fast import PRESETS, reference
+from grpo_fast import PRESETS, linear_policy_loss, policy_loss, reference
 
+SLOW_INTERPRETED = pytest.mark.slow_interpreted
 # every kind of level and of objective; the others with GRPO_FAST_TEST_FULL=1
 WIDE = ("dapo", "gspo", "gspo_token", "gmpo", "vespo", "rloo")
 
 
+def check_corrections(
+    loss_type: str, name: str, *, old: bool, ref: bool = False, per_token: bool = False
+) -> None:
+    """Loss, dhidden, dweight and dlogits of both losses, padded and packed, with a correction."""
+    case = correction_case()
+    correction, extras = CORRECTIONS[name], make_extras(case)
+    config = correction.config(loss_type)
+    ref = ref or config.beta > 0
+    common = (old, ref, extras.advantages if per_token else case.advantages)
+    loss, hidden, weight, logits = expected(case, extras, correction, config, *common)
+    padded = arguments(case, extras, correction, config, *common)
+    for given in (padded, packed(padded)):
+        mask = case.mask if given["mask"] is None else torch.ones_like(case.mask)
+        leaf = case.hidden[mask] if given["mask"] is None else case.hidden
+        ours = [t.clone().requires_grad_() for t in (leaf, case.weight)]
+        got, metrics = linear_policy_loss(*ours, **given)
+        got.backward()
+        want = hidden.grad[mask].view(leaf.shape)
+        _agree(got, loss)
+        assert relative(ours[0].grad, want) < BOUND and relative(ours[1].grad, weight.grad) < BOUND
+        assert metrics["tokens"] == case.mask.sum() and metrics["nonfinite_tokens"] == 0
+        stored = torch.full(logits.shape, torch.nan)
+        stored[case.mask] = logits.detach()[case.mask].float()
+        leaf = (stored[mask] if given["mask"] is None else stored).clone().requires_grad_()
+        got, same = policy_loss(leaf, **given)
+        got.backward()
+        _agree(got, loss)
+        assert relative(leaf.grad, logits.grad[mask].view(leaf.shape)) < BOUND
+        # logits of a row without a gradient have none at all
+        assert metrics["active_rows"] == logits.grad.any(-1).sum()
+        for key, value in metrics.items():
+            assert abs(value - same[key]) <= 1e-5 * max(1.0, abs(value)), key
+
+
+def _agree(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert abs(got.item() - want.item()) <= BOUND * max(abs(want.item()), 1e-2)
+
+
+# the interpreter takes what the one-pass rows apply themselves, at token level, and one of each
+INTERPRETED = ("token_mask_both", "token_truncate_high", "entropy_bonus", "temperature_token")
+NAMES = [
+    name if name in (*INTERPRETED, "together") else pytest.param(name, marks=SLOW_INTERPRETED)
+    for name in CORRECTIONS
+]
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("name", CORRECTIONS)
-def test_corrections(name, old):
-    for loss_type in PRESETS if FULL else WIDE:
+@pytest.mark.parametrize("name", NAMES)
+def test_corrections(backend, name, old):
+    loss_types = PRESETS if FULL else WIDE
+    if backend.name != "torch":
+        loss_types = ("dapo", "gmpo") if FULL or name == "together" else ("dapo",)
+    for loss_type in loss_types:
         check_corrections(loss_type, name, old=old)
 
 

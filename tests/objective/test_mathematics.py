@@ -6,7 +6,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from correction_checks import (
+from correction_cases import (
     CORRECTIONS,
     Correction,
     arguments,
@@ -83,7 +83,7 @@ def test_aggregations_by_hand(loss_type):
 
 
 def tokens_of(case, extras, correction, config, old, ref, advantages) -> oracle.Tokens:
-    """The call of `correction_checks.expected` as the oracle takes it, from float64 log-probs."""
+    """The call of `correction_cases.expected` as the oracle takes it, from float64 log-probs."""
     clean = torch.where(case.mask[..., None], case.hidden, 0.0).double()
     logits = reference.head_logits(clean, case.weight.double())
     temperature = extras.temperature[correction.temperature]

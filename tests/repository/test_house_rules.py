@@ -9,8 +9,26 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("grpo_fast", "kernels", "tests", "benchmarks", "requirements")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 LIBRARY = [path for path in SOURCES if "tests" not in path.relative_to(ROOT).parts]
-# These know the mathematics alone, so that nothing above them can leak into it.
-LEAVES = ("config", "objectives", "weights", "advantages")
+# more than 12 parameters, and why that is right
+MANY_PARAMETERS = {
+    "grpo_fast/loss/linear.py:linear_policy_loss": "the flat call that users write",
+    "grpo_fast/loss/logits.py:policy_loss": "the flat call that users write",
+    "grpo_fast/integrations/liger/linear.py:forward": "stands in for Liger's",
+    "grpo_fast/integrations/liger/logits.py:triton_grpo_loss": "stands in for Liger's",
+    "grpo_fast/engine/torch_backend.py:policy": "stands in for the kernels' launcher",
+    "grpo_fast/engine/torch_backend.py:token_terms": "stands in for the kernels' row",
+    "grpo_fast/objective/objectives.py:token_loss": "a kernel compiles it",
+}
+# the same, to be made shorter; empty is the aim
+KNOWN = {
+    "grpo_fast/loss/compiled.py:_linear": "until one op serves torch.compile",
+    "grpo_fast/loss/compiled.py:linear_policy_loss": "until one op serves torch.compile",
+    "grpo_fast/loss/compiled.py:_logits": "until one op serves torch.compile",
+    "grpo_fast/loss/compiled.py:policy_loss": "until one op serves torch.compile",
+    "grpo_fast/loss/compiled_logprob.py:_linear": "until one op serves torch.compile",
+    "grpo_fast/loss/compiled_logprob.py:_linear_backward": "until one op serves torch.compile",
+    "grpo_fast/objective/batch.py:prepare": "until a call is four nouns",
+}
 
 
 def name(path: Path) -> str:
@@ -21,21 +39,6 @@ def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     return [node for node in ast.walk(tree) if isinstance(node, kinds)]
-
-
-def ours(path: Path) -> set[str]:
-    """Modules of grpo_fast that a file imports, by their last name."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("grpo_fast.")}
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if node.level == 0 and module.split(".")[0] != "grpo_fast":
-                continue
-            inner = module if node.level else module.partition(".")[2]
-            found |= {inner.split(".")[0]} if inner else {a.name for a in node.names}
-    return found
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -63,14 +66,23 @@ def test_public_functions_are_documented(path):
     assert bare == []
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_leaves_import_nothing_of_ours_but_config(leaf):
-    assert ours(ROOT / "grpo_fast" / f"{leaf}.py") <= {"config"} - {leaf}
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """How many names a caller can pass."""
+    given = function.args
+    names = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+    return len([n for n in names if n.arg not in ("self", "cls")])
 
 
-def test_kernels_import_only_kernels():
-    for path in (ROOT / "kernels").glob("*.py"):
-        assert ours(path) <= {"kernels"}, name(path)
+def test_at_most_twelve_parameters():
+    """A kernel has one for each pointer, stride and flag, and is launched by keyword."""
+    long = {
+        f"{name(path)}:{function.name}"
+        for path in SOURCES
+        if path.parent != ROOT / "kernels"
+        for function in functions(path)
+        if parameters(function) > 12
+    }
+    assert long == set(MANY_PARAMETERS) | set(KNOWN)
 
 
 def test_no_utils():

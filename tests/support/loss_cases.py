@@ -13,6 +13,8 @@ from grpo_fast.engine.chunks import FIXED_BYTES
 LENGTHS = (9, 1, 0, 6)
 # old and reference log-probs are drawn near the policy at this temperature
 TEMPERATURE = 0.9
+# relative L2 of results from fp32 inputs; what is observed is near 3e-7
+BOUND = 2e-5
 
 
 @dataclass
@@ -64,6 +66,11 @@ def _make_case(V: int, H: int, lengths, seed: int, dtype) -> Case:
         tensor[~mask] = float("nan")
     ids[~mask] = -100
     return Case(hidden, weight, ids, mask, advantages, old, ref)
+
+
+def generator(seed: int) -> torch.Generator:
+    """On the default device, which `--backend cuda` sets."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def truth(case: Case, config: LossConfig, *, use_old: bool, use_ref: bool, **head):

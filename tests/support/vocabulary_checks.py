@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from loss_cases import make_case, relative
+from loss_cases import generator, make_case, relative
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss, reference
 from grpo_fast.engine import parallel
@@ -42,8 +42,7 @@ def edges(sizes: list[int], V: int, n: int) -> torch.Tensor:
     """(n,) ids that begin with the first and last row of every shard."""
     ends = torch.tensor(sizes).cumsum(0)
     known = torch.cat((ends - 1, ends - torch.tensor(sizes))).clamp(0, V - 1)
-    g = torch.Generator().manual_seed(3)
-    return torch.cat((known, torch.randint(V, (n,), generator=g)))[:n]
+    return torch.cat((known, torch.randint(V, (n,), generator=generator(3))))[:n]
 
 
 def refused(error, what, function, *args, **kwargs):
@@ -80,42 +79,6 @@ def head(V: int, dtype: torch.dtype, n: int = 21, H: int = 24, seed: int = 0):
     made[1] /= H**0.5
     made[0] *= 6
     return [t.to(dtype) for t in made]
-
-
-def check_slices(rows, dtype: torch.dtype, with_entropy: bool) -> None:
-    """Statistics of slices of the logits, merged, and each slice's gradient from them: what the
-    ranks do, in one process, with the row functions of a backend."""
-    g = torch.Generator().manual_seed(0)
-    n, V, sizes = 40, 77, [20, 20, 1, 36]
-    logits = (3 * torch.randn(n, V, generator=g, dtype=torch.float64)).to(dtype)
-    logits[1, 20:40] = -torch.inf
-    ids = edges(sizes, V, n)
-    ids[1] = 5
-    # finite, since autograd of -inf * 0 is NaN
-    whole = logits.double().clamp(min=-1e30).requires_grad_()
-    logp, entropy, lse = reference.logprob(whole, ids)
-    upstream = torch.randn(3, n, generator=g, dtype=torch.float64)
-    wanted = (logp, lse, entropy)[: 3 if with_entropy else 2]
-    torch.autograd.backward(wanted, tuple(upstream[: len(wanted)]))
-    ends = torch.tensor(sizes).cumsum(0)
-    slices = [slice(end - size, end) for size, end in zip(sizes, ends.tolist(), strict=True)]
-    elsewhere = [(ids < part.start) | (ids >= part.stop) for part in slices]
-    parts = torch.full((len(sizes), 4, n), float("nan"), dtype=dtype)
-    for part, other, stats in zip(slices, elsewhere, parts, strict=True):
-        local = torch.where(other, 0, ids - part.start)
-        rows.logprob_fwd(logits[None, :, part].contiguous(), local, stats)
-    stats = parallel.merge_stats(parts, torch.bucketize(ids, ends, right=True))
-    dlogp, dlse, dentropy = upstream.to(dtype)
-    bound = 1e-12 if dtype == torch.float64 else 2e-6
-    for part, other in zip(slices, elsewhere, strict=True):
-        assert 0 < other.sum() < n
-        out = logits[None, :, part].contiguous()
-        local = torch.where(other, -1, ids - part.start)
-        dentropy = dentropy if with_entropy else None
-        rows.logprob_bwd(out, local, stats, dlogp, out, dlse=dlse, dentropy=dentropy)
-        agree(out[0], whole.grad[:, part], "dlogits", bound)
-    for name, got, want in (("logp", stats[0], logp), ("entropy", stats[1], entropy)):
-        agree(got, want.detach(), name, bound)
 
 
 def check_logprob(V: int, sizes: list[int], dtype: torch.dtype, **options) -> None:

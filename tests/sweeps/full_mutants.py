@@ -28,21 +28,30 @@ LIMIT_S = 400
 
 
 class Suite(NamedTuple):
-    """Arguments of pytest, and whether the kernels run in Triton's interpreter."""
+    """Arguments of pytest, and the backend of the run."""
 
     arguments: tuple[str, ...]
-    interpret: bool = False
+    backend: str = "torch"
 
 
 SUITES = {
-    "rows": Suite(("tests/engine/test_logprob.py",)),
+    "rows": Suite(("tests/engine/test_logprob.py", "tests/engine/test_rows.py")),
     "loss": Suite(("tests/loss/test_loss.py",)),
     "mathematics": Suite(("tests/objective/test_mathematics.py",)),
     "corrections": Suite(("tests/objective/test_corrections.py",)),
     "options": Suite(("tests/loss/test_loss_options.py", "-k", "test_lora")),
     "gradcheck": Suite(("tests/engine/test_gradcheck.py", "-k", "test_linear_logprob")),
-    "kernels": Suite(("tests/kernels/test_triton_ops.py",), True),
-    "calls": Suite(("tests/kernels/test_triton_properties.py",), True),
+    "kernels": Suite(
+        (
+            "tests/engine/test_logprob.py",
+            "tests/engine/test_rows.py",
+            "tests/kernels/test_triton_ops.py",
+            "-m",
+            "kernels",
+        ),
+        "interpret",
+    ),
+    "calls": Suite(("tests/kernels/test_triton_properties.py",), "interpret"),
 }
 
 
@@ -75,13 +84,13 @@ def passes(tree: Path, name: str) -> bool:
         "PYTHONPATH": str(tree),
         # a file changed twice in one second must not be taken for its cached bytes
         "PYTHONDONTWRITEBYTECODE": "1",
-        "TRITON_INTERPRET": "1" if suite.interpret else "0",
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    backend = [] if suite.backend == "torch" else ["--backend", suite.backend]
     try:
         status = subprocess.run(
-            [*command, *suite.arguments],
+            [*command, *backend, *suite.arguments],
             cwd=tree,
             env=environment,
             timeout=LIMIT_S,

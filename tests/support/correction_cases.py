@@ -1,5 +1,5 @@
-"""What scales or silences an objective, and temperatures of their own: both losses against the
-float64 autograd of `reference.py`. `test_corrections.py` runs it on torch."""
+"""What scales or silences an objective, and temperatures of their own: the calls, and the float64
+autograd of `reference.py` for them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import os
 from dataclasses import dataclass, field, replace
 
 import torch
-from checks import BOUND
-from loss_cases import Case, make_case, preset_config, relative
+from loss_cases import Case, make_case, preset_config
 
-from grpo_fast import LossConfig, linear_policy_loss, policy_loss, reference
+from grpo_fast import LossConfig, reference
 
 # one of one token, one of none
 LENGTHS = (9, 1, 0, 6, 5, 7)
@@ -178,41 +177,3 @@ def packed(given: dict) -> dict:
         if isinstance(value, torch.Tensor) and value.dim() == 2:
             out[name] = value[mask]
     return out
-
-
-def check_corrections(
-    loss_type: str, name: str, *, old: bool, ref: bool = False, per_token: bool = False
-) -> None:
-    """Loss, dhidden, dweight and dlogits of both losses, padded and packed, with a correction."""
-    case = correction_case()
-    correction, extras = CORRECTIONS[name], make_extras(case)
-    config = correction.config(loss_type)
-    ref = ref or config.beta > 0
-    common = (old, ref, extras.advantages if per_token else case.advantages)
-    loss, hidden, weight, logits = expected(case, extras, correction, config, *common)
-    padded = arguments(case, extras, correction, config, *common)
-    for given in (padded, packed(padded)):
-        mask = case.mask if given["mask"] is None else torch.ones_like(case.mask)
-        leaf = case.hidden[mask] if given["mask"] is None else case.hidden
-        ours = [t.clone().requires_grad_() for t in (leaf, case.weight)]
-        got, metrics = linear_policy_loss(*ours, **given)
-        got.backward()
-        want = hidden.grad[mask].view(leaf.shape)
-        _agree(got, loss)
-        assert relative(ours[0].grad, want) < BOUND and relative(ours[1].grad, weight.grad) < BOUND
-        assert metrics["tokens"] == case.mask.sum() and metrics["nonfinite_tokens"] == 0
-        stored = torch.full(logits.shape, torch.nan)
-        stored[case.mask] = logits.detach()[case.mask].float()
-        leaf = (stored[mask] if given["mask"] is None else stored).clone().requires_grad_()
-        got, same = policy_loss(leaf, **given)
-        got.backward()
-        _agree(got, loss)
-        assert relative(leaf.grad, logits.grad[mask].view(leaf.shape)) < BOUND
-        # logits of a row without a gradient have none at all
-        assert metrics["active_rows"] == logits.grad.any(-1).sum()
-        for key, value in metrics.items():
-            assert abs(value - same[key]) <= 1e-5 * max(1.0, abs(value)), key
-
-
-def _agree(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert abs(got.item() - want.item()) <= BOUND * max(abs(want.item()), 1e-2)

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
-from loss_cases import relative
+from loss_cases import generator, relative
 
 from grpo_fast.engine import torch_backend
 from grpo_fast.engine.backend import select
@@ -20,11 +21,7 @@ LOW, HIGH = 0.8, 1.28
 # fp32, gradients row by row; what is observed is 3e-7 for values and 3e-6 for the worst row, whose
 # tanh is near 1
 VALUES, GRADIENTS = 1e-6, 5e-6
-
-
-def generator(seed: int) -> torch.Generator:
-    """On the default device, which `test_gpu.py` sets."""
-    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("backend")]
 
 
 class Rows:
@@ -94,7 +91,8 @@ def arguments(objective: str, kl: str, kl_gradient: str, parameters, beta: float
     }
 
 
-def check_row_temperature(softcap: float | None) -> None:
+@pytest.mark.parametrize("softcap", [None, 8.0])
+def test_row_temperature(softcap):
     """Statistics and dlogits of rows that have a temperature each; masked ones may be NaN."""
     rows = Rows()
     backend = select(rows.logits.device)
@@ -125,7 +123,8 @@ def check_row_temperature(softcap: float | None) -> None:
     assert not flat[~rows.active].any()
 
 
-def check_equal_row_temperatures_change_no_bit(softcap: float | None) -> None:
+@pytest.mark.parametrize("softcap", [None, 8.0])
+def test_equal_row_temperatures_change_no_bit(softcap):
     """(N,) equal temperatures and the number itself: the same statistics, terms and dlogits."""
     results = []
     for by_row in (False, True):
@@ -142,7 +141,9 @@ def check_equal_row_temperatures_change_no_bit(softcap: float | None) -> None:
         assert torch.equal(a, b)
 
 
-def check_entropy_bonus(softcap: float | None, by_row: bool) -> None:
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("softcap", [None, 8.0])
+def test_entropy_bonus_of_the_one_pass_loss(softcap, by_row):
     """`policy` with entropy_coef: weight * (clipped surrogate - coef * entropy) and its dlogits.
 
     A clipped row keeps the gradient of its entropy, a row of weight 0 has none.
@@ -172,7 +173,9 @@ def check_entropy_bonus(softcap: float | None, by_row: bool) -> None:
     assert torch.equal(rows.policy(softcap, None, entropy_coef=COEF, old_logp=old), terms)
 
 
-def check_rollout_weight(masks: bool, on_policy: bool) -> None:
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_rollout_weight_of_the_one_pass_loss(masks, on_policy):
     """`policy` with rollout_logp: the advantage times p(old) / p(rollout), truncated to its bounds
     or 0 outside of them, 1 where the rollout's log-prob is NaN; no gradient through it."""
     rows = Rows(seed=4)
@@ -223,7 +226,13 @@ PARAMETERS = {
 }
 
 
-def check_objective_equals_the_torch_backend(objective: str) -> None:
+def test_every_objective_is_compared():
+    assert set(PARAMETERS) == set(OBJECTIVES)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("objective", PARAMETERS)
+def test_objective_equals_the_torch_backend(objective):
     """Terms and dlogits of an objective with each KL estimator and none: tokens near the old and
     reference policies, tokens 25 nats away, and one whose logits hold a NaN."""
     g = generator(9)
