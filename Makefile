@@ -1,5 +1,6 @@
 # make demo   train a small language model with GRPO and watch its reward rise (no GPU needed)
 # make test   every test
+# make test-quick   the loop of a contributor: a part of it, in under three minutes
 # make test-deepspeed   a head that DeepSpeed has partitioned, with DeepSpeed itself
 # make test-full   the sweeps that are too long for it; the last result is tests/results/full.md
 #
@@ -28,16 +29,28 @@ TEST_RUNS := test-torch test-trl test-interpreter test-aot test-aot36
 else
 TEST_RUNS := test-torch test-trl
 endif
+ifneq ($(shell nvidia-smi -L 2>/dev/null),)
+TEST_RUNS += test-gpu
+endif
 
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
+# Two files at a time: on two cores one process alone left most of the machine idle. WORKERS=1 needs
+# no pytest-xdist. More threads than cores make two workers slower than one.
+WORKERS ?= 2
+ifneq ($(WORKERS),1)
+PARALLEL := -n $(WORKERS) --dist loadfile
+# where one file takes most of the time
+SPREAD := -n $(WORKERS) --dist worksteal
+endif
+PYTESTS := OMP_NUM_THREADS=1 $(PYTEST)
 # where tests are marked `kernels`: a backend is a run of these, not files of its own
 KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/integrations/liger \
 	--ignore=tests/kernels/test_aot.py
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -103,9 +116,16 @@ test: $(ENVIRONMENT)
 	else echo "make test: FAILED, see the runs above ($(TEST_RUNS))"; exit 1; fi
 
 test-torch: $(ENVIRONMENT)
-	@echo "== everything that runs without Triton's interpreter or compiler (and on a GPU, if any)"
-	$(PYTEST) tests --ignore-glob='*/test_triton_*.py' --ignore=tests/kernels/test_aot.py \
+	@echo "== everything that runs without Triton's interpreter or compiler"
+	$(PYTESTS) $(PARALLEL) tests --ignore-glob='*/test_triton_*.py' --ignore=tests/kernels/test_aot.py \
 		--ignore=tests/integrations/trl
+
+# The rooms with the code that changes most, on the torch backend, without what is marked `slow`.
+test-quick: $(ENVIRONMENT)
+	$(PYTESTS) $(PARALLEL) tests/repository tests/objective tests/engine tests/loss tests/plan tests/advantages \
+		tests/rewards tests/rollout tests/models tests/trainer tests/cli -m "not slow"
+	@echo "make test-quick left out: what is marked slow (processes, compilers, long sweeps of one test),"
+	@echo "the Triton kernels (test-interpreter, test-aot), integrations, benchmarks and sweeps: make test"
 
 # 5: TRL needs Python 3.11, and without it every file here is skipped as a whole.
 test-trl: .trl/.installed
@@ -119,7 +139,7 @@ test-trl-full: .trl/.installed
 # Triton decides when it is imported whether it interprets, so each backend has its own process.
 test-interpreter: $(ENVIRONMENT)
 	@echo "== the Triton kernels in Triton's interpreter"
-	$(PYTEST) $(KERNEL_TESTS) -m kernels --backend interpret
+	$(PYTESTS) $(SPREAD) $(KERNEL_TESTS) -m kernels --backend interpret
 
 test-aot: $(ENVIRONMENT)
 	@echo "== every kernel compiled ahead of time for each GPU"
