@@ -1,5 +1,6 @@
 # make demo   train a small language model with GRPO and watch its reward rise (no GPU needed)
 # make test   every test
+# make test-quick   the loop of a contributor: a part of it, in under three minutes
 # make test-deepspeed   a head that DeepSpeed has partitioned, with DeepSpeed itself
 # make test-full   the sweeps that are too long for it; the last result is tests/results/full.md
 #
@@ -28,13 +29,28 @@ TEST_RUNS := test-torch test-trl test-interpreter test-aot test-aot36
 else
 TEST_RUNS := test-torch test-trl
 endif
+ifneq ($(shell nvidia-smi -L 2>/dev/null),)
+TEST_RUNS += test-gpu
+endif
 
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
+# Two files at a time: on two cores one process alone left most of the machine idle. WORKERS=1 needs
+# no pytest-xdist. More threads than cores make two workers slower than one.
+WORKERS ?= 2
+ifneq ($(WORKERS),1)
+PARALLEL := -n $(WORKERS) --dist loadfile
+# where one file takes most of the time
+SPREAD := -n $(WORKERS) --dist worksteal
+endif
+PYTESTS := OMP_NUM_THREADS=1 $(PYTEST)
+# where tests are marked `kernels`: a backend is a run of these, not files of its own
+KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/integrations/liger \
+	--ignore=tests/kernels/test_aot.py
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -100,64 +116,72 @@ test: $(ENVIRONMENT)
 	else echo "make test: FAILED, see the runs above ($(TEST_RUNS))"; exit 1; fi
 
 test-torch: $(ENVIRONMENT)
-	@echo "== everything that runs without Triton's interpreter or compiler (and on a GPU, if any)"
-	$(PYTEST) tests --ignore-glob='*/test_triton_*.py' --ignore-glob='*/test_trl*.py' \
-		--ignore=tests/test_aot.py
+	@echo "== everything that runs without Triton's interpreter or compiler"
+	$(PYTESTS) $(PARALLEL) tests --ignore-glob='*/test_triton_*.py' --ignore=tests/kernels/test_aot.py \
+		--ignore=tests/integrations/trl
+
+# The rooms with the code that changes most, on the torch backend, without what is marked `slow`.
+test-quick: $(ENVIRONMENT)
+	$(PYTESTS) $(PARALLEL) tests/repository tests/objective tests/engine tests/loss tests/plan tests/advantages \
+		tests/rewards tests/rollout tests/models tests/trainer tests/cli -m "not slow"
+	@echo "make test-quick left out: what is marked slow (processes, compilers, long sweeps of one test),"
+	@echo "the Triton kernels (test-interpreter, test-aot), integrations, benchmarks and sweeps: make test"
 
 # 5: TRL needs Python 3.11, and without it every file here is skipped as a whole.
 test-trl: .trl/.installed
 	@echo "== the adapter for TRL against TRL's own trainers"
-	PYTHONPATH=.trl $(PYTEST) tests/test_trl*.py || [ $$? = 5 ]
+	PYTHONPATH=.trl $(PYTEST) tests/integrations/trl || [ $$? = 5 ]
 
 # Every combination of the options that test-trl trains a covering part of: 256 pairs of runs.
 test-trl-full: .trl/.installed
-	GRPO_FAST_TRL=full PYTHONPATH=.trl $(PYTEST) tests/test_trl.py || [ $$? = 5 ]
+	GRPO_FAST_TRL=full PYTHONPATH=.trl $(PYTEST) tests/integrations/trl/test_trl.py || [ $$? = 5 ]
 
-# Triton reads the variable when it is imported, so these files need a process of their own.
+# Triton decides when it is imported whether it interprets, so each backend has its own process.
 test-interpreter: $(ENVIRONMENT)
 	@echo "== the Triton kernels in Triton's interpreter"
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_*.py
+	$(PYTESTS) $(SPREAD) $(KERNEL_TESTS) -m kernels --backend interpret
 
 test-aot: $(ENVIRONMENT)
 	@echo "== every kernel compiled ahead of time for each GPU"
-	$(RUN) tests/aot.py
-	$(PYTEST) tests/test_aot.py
+	$(RUN) tests/support/aot.py
+	$(PYTEST) tests/kernels/test_aot.py
 
 test-aot36: .triton36/.installed
 	@echo "== the same with Triton 3.6.0, the oldest supported"
-	PYTHONPATH=.triton36 $(RUN) tests/aot.py
-	PYTHONPATH=.triton36 $(PYTEST) tests/test_aot.py
+	PYTHONPATH=.triton36 $(RUN) tests/support/aot.py
+	PYTHONPATH=.triton36 $(PYTEST) tests/kernels/test_aot.py
 
 # GRPO_FAST_SWIFT=full trains with every combination of the options, of which this is a part.
 test-swift: .swift/.installed
 	@echo "== the adapter for ms-swift against ms-swift's own runs"
-	PYTHONPATH=.swift $(PYTEST) tests/test_swift*.py
+	PYTHONPATH=.swift $(PYTEST) tests/integrations/swift
 
 test-deepspeed: .deepspeed/.installed
-	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/test_zero3.py
+	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/engine/test_zero3.py
 
 test-openrlhf: .openrlhf/.installed
 	@echo "== the adapter for OpenRLHF against OpenRLHF itself"
-	PYTHONPATH=.openrlhf:tests/openrlhf_stubs DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
-		$(PYTEST) tests/test_openrlhf*.py
+	PYTHONPATH=.openrlhf:tests/support/openrlhf_stubs DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
+		$(PYTEST) tests/integrations/openrlhf
 
 # Its result is committed. ARGS="--only curves" runs one sweep and keeps what the others found.
 test-full: $(ENVIRONMENT)
-	$(RUN) tests/full.py $(ARGS)
+	$(RUN) tests/sweeps/full.py $(ARGS)
 
 # `make test` runs these files too, and compares with whatever Liger is installed there.
 test-liger: .liger/.installed
 	@echo "== the names of Liger-Kernel against the package itself"
-	PYTHONPATH=.liger $(PYTEST) tests/test_liger*.py tests/test_token_losses.py
-	PYTHONPATH=.liger TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_liger.py
+	PYTHONPATH=.liger $(PYTEST) tests/integrations/liger tests/objective/test_token_losses.py
+	PYTHONPATH=.liger $(PYTEST) tests/integrations/liger -m kernels --backend interpret
 
 # Where verl cannot be imported every test is skipped, which pytest counts as a failure (5).
 test-verl: .verl/.installed
 	@echo "== the adapter for verl against verl's own losses, forwards and engine"
-	PYTHONPATH=.verl $(PYTEST) tests/test_verl*.py
+	PYTHONPATH=.verl $(PYTEST) tests/integrations/verl
 
 test-gpu: $(ENVIRONMENT)
-	$(PYTEST) tests -m gpu --ignore-glob='*/test_triton_*.py' --ignore=tests/test_aot.py
+	$(PYTEST) tests -m "kernels or gpu" --backend cuda --ignore-glob='*/test_triton_*.py' \
+		--ignore=tests/kernels/test_aot.py
 
 # Results are benchmarks/results/<set>.json and the page made of it. A run that was stopped goes on
 # where it was; ARGS=--fresh measures again.

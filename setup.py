@@ -53,7 +53,7 @@ setup(
         # the same of grpo_fast.integrations.swift; ms-swift imports msgspec without asking for it
         "swift": TRAINER + ["ms-swift>=4.6", "msgspec"],
         "bench": BENCH,
-        "dev": TRAINER + DEMO + BENCH + ["hypothesis", "ruff", "setuptools>=77"],
+        "dev": TRAINER + DEMO + BENCH + ["hypothesis", "pytest-xdist", "ruff", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["grpo-fast = grpo_fast.cli:main"]},
     classifiers=[

@@ -1,15 +1,20 @@
 """What every test runs under: no network, fixed seeds, NaN in memory the library did not write.
 
-GPU tests are skipped without a GPU. Where TRITON_INTERPRET=1, Triton's interpreter gets the checks
-of `interpreter.py`.
+`--backend` says what computes the row functions of the tests
+marked `kernels`: torch, the Triton kernels in Triton's interpreter, or the kernels on a GPU. It is
+one for a process, since Triton decides when it is imported whether a kernel is interpreted. The
+interpreter gets the checks of `interpreter.py`.
 """
 
+import contextlib
 import functools
 import importlib.util
 import math
 import os
 import random
 import sys
+from collections.abc import Iterator
+from typing import NamedTuple
 
 # Both are read when transformers is imported, and the suite must not depend on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,18 +27,52 @@ import pytest
 import torch
 from torch.utils import _device
 
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from interpreter import install
-
-    install()
+BACKENDS = ("torch", "interpret", "cuda")
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, torch sees none"))
+class Running(NamedTuple):
+    """The backend of a run, and the device that its tensors belong on."""
+
+    name: str
+    device: str
+
+
+def pytest_addoption(parser):
+    sentence = "what computes the row functions of the tests marked kernels"
+    parser.addoption("--backend", choices=BACKENDS, default="torch", help=sentence)
+
+
+def pytest_configure(config):
+    if config.getoption("--backend") == "interpret":
+        # before anything imports triton
+        os.environ["TRITON_INTERPRET"] = "1"
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from interpreter import install
+
+        install()
+    if config.getoption("--backend") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--backend: expected an NVIDIA GPU for cuda, torch sees none")
+
+
+@pytest.fixture
+def backend(request, monkeypatch) -> Iterator[Running]:
+    """The one of `--backend`, which every call of the test gets."""
+    name = request.config.getoption("--backend")
+    running = Running(name, "cuda" if name == "cuda" else "cpu")
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "torch" if name == "torch" else "triton")
+    # on a GPU the factories of the tests and of their helpers follow it
+    with torch.device("cuda") if name == "cuda" else contextlib.nullcontext():
+        yield running
+
+
+def pytest_collection_modifyitems(config, items):
+    backend = config.getoption("--backend")
+    left_out = {"torch": {"triton", "gpu"}, "interpret": {"gpu"}, "cuda": set()}[backend]
+    if backend == "interpret" and os.environ.get("GRPO_FAST_TEST_FULL") != "1":
+        left_out.add("slow_interpreted")
+    out = [item for item in items if left_out & {mark.name for mark in item.iter_markers()}]
+    items[:] = [item for item in items if item not in set(out)]
+    config.hook.pytest_deselected(items=out)
 
 
 @pytest.fixture(autouse=True)
