@@ -79,7 +79,7 @@ def test_the_interrupted_runs_differ_without_their_window(finished, tmp_path):
 
     def forget(path):
         load(path)
-        resumed._micro_step = 0
+        resumed.window.served = 0
 
     resumed._load_run_state = forget
     resumed.train(str(folder))
