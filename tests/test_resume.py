@@ -95,7 +95,7 @@ def test_true_takes_the_newest_complete_checkpoint_and_names_the_others(finished
     (output / "checkpoint-5" / checkpoint.MARKER).unlink()
     (output / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")
     resumed = build(output)
-    with caplog.at_level("WARNING", logger="grpo_fast.trainer.loop"):
+    with caplog.at_level("WARNING", logger="grpo_fast.trainer.resume"):
         resumed.train(True)
     text = caplog.text
     assert "checkpoint-5: it is incomplete" in text

@@ -1,88 +1,34 @@
-"""How Trainer's loop is bent to rollouts: data, windows, exact denominators, evaluation, resume."""
+"""How Trainer's loop is bent to rollouts: data, windows, exact denominators, evaluation."""
 
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from grpo_fast.config import LossConfig
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.reference import ReferencePolicy
 from grpo_fast.objective import weights
 from grpo_fast.rollout.rollouts import Sampler
 
-from . import checkpoint
-from .checkpoint import Stateful
-from .config import GRPOConfig
 from .metrics import Metrics
 from .reporting import CompletionLog
+from .resume import ResumableTrainer
 from .sampler import ShardSampler, WindowSampler, check_dataset
 from .window import MicroBatch, Window
 
-logger = logging.getLogger(__name__)
-
 Example = dict[str, Any]
 
-# arguments that decide what a step computes, beside the loss
-_FINGERPRINT = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "num_iterations",
-    "num_generations",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "generation_kwargs",
-    "chat_template_kwargs",
-    "mask_truncated_completions",
-    "sync_ref_model",
-    "ref_model_mixup_alpha",
-    "ref_model_sync_steps",
-    "disable_dropout",
-    "shuffle_dataset",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-)
 
-
-@dataclass
-class Counters:
-    """What Trainer counts and its own state leaves out."""
-
-    tokens_seen: int = 0
-    loss_since_log: float = 0.0
-    last_logged: int = 0
-
-    def reset(self) -> None:
-        """Back to the start of a run."""
-        self.load_state_dict(asdict(Counters()))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The numbers by name."""
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
-class RolloutTrainer(Trainer):
+class RolloutTrainer(ResumableTrainer):
     """Trainer whose batches are windows of rollouts; a subclass fills in the stages.
 
     Trainer draws one batch of prompts for each micro-step. A window is made from the first of
@@ -101,8 +47,6 @@ class RolloutTrainer(Trainer):
     and what a run logs goes through `named`. `rollout`, `loss` and `named` are the subclass's.
 
     Attributes:
-        stateful: {name: part} of all that a checkpoint holds beside Trainer's own; see `Stateful`.
-            A subclass adds its parts before `train`.
         micro_batch: class of the micro-batches.
     """
 
@@ -111,26 +55,16 @@ class RolloutTrainer(Trainer):
     micro_batch: type[MicroBatch] = MicroBatch
 
     # what a subclass sets before `train`
-    args: GRPOConfig
-    loss_config: LossConfig
     sampler: Sampler
     reference: ReferencePolicy | None = None
-    data_digest: str | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         steps, uses = self.args.steps_per_generation, self.args.window_uses
         self.window = Window(self.micro_batch, steps, uses, self.args.device)
-        self.counters = Counters()
         self.metrics = Metrics(self.args.device)
         self.completions = CompletionLog()
-        self.stateful: dict[str, Stateful] = {
-            "window": self.window,
-            "counters": self.counters,
-            "metrics": self.metrics,
-            "completions": self.completions,
-        }
-        self._reset_run()
+        self.stateful.update(window=self.window, metrics=self.metrics, completions=self.completions)
 
     def rollout(
         self,
@@ -189,8 +123,7 @@ class RolloutTrainer(Trainer):
         """
         self._step_began = time.perf_counter()
         drawn = list(itertools.islice(epoch_iterator, num_batches))
-        if self._resume is not None:
-            self._continue()
+        self.go_on()
         micro_batches, synced = [], False
         for examples in drawn:
             if self.window.spent:
@@ -278,102 +211,6 @@ class RolloutTrainer(Trainer):
         values = self.named(metrics.reduce(self.accelerator), evaluate=True)
         named = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         return EvalLoopOutput(None, None, named, len(dataloader.dataset))
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be continued."""
-        loss = {f"loss.{k}": v for k, v in asdict(self.loss_config).items()}
-        settings = {name: getattr(self.args, name) for name in _FINGERPRINT}
-        return {
-            **settings,
-            **loss,
-            "advantages": self.args.estimator,
-            "model": checkpoint.model_digest(self.model),
-            "train_dataset": [len(self.train_dataset), self.data_digest],
-            "ranks": self.accelerator.num_processes,
-        }
-
-    def _defaults(self) -> dict[str, Any]:
-        """What a checkpoint computed with where it is older than an option of the fingerprint."""
-        known = {
-            f.name: f.default
-            for f in fields(self.args)
-            if f.name in _FINGERPRINT and f.default is not MISSING
-        }
-        return {**known, **{f"loss.{f.name}": f.default for f in fields(self.loss_config)}}
-
-    def _reset_run(self) -> None:
-        self._resume: Path | None = None
-        self._random_restored = False
-        for part in self.stateful.values():
-            reset = getattr(part, "reset", None)
-            if reset is not None:
-                reset()
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> Any:
-        """Train; True resumes the newest complete checkpoint of the output folder.
-
-        Raises:
-            ValueError: there is no training data; the checkpoint is incomplete or comes from
-                another configuration.
-        """
-        if self.train_dataset is None:
-            raise ValueError("train_dataset: training needs one, got None.")
-        self._reset_run()
-        if not resume_from_checkpoint:
-            return super().train(None, *args, **kwargs)
-        if resume_from_checkpoint is True:
-            folder, skipped = checkpoint.newest(self.args.output_dir)
-            for reason in skipped:
-                logger.warning("resume_from_checkpoint: skipped %s", reason)
-        else:
-            folder = Path(resume_from_checkpoint)
-        checkpoint.check(folder, self.fingerprint(), self._defaults())
-        self._load_run_state(folder)
-        return super().train(str(folder), *args, **kwargs)
-
-    def _load_run_state(self, folder: Path) -> None:
-        checkpoint.load_parts(folder, self.accelerator.process_index, self.stateful)
-        self._resume = folder
-
-    def _continue(self) -> None:
-        """Restore what Trainer has reset or consumed by the time it draws the first batches."""
-        folder, self._resume = self._resume, None
-        self._load_rng_state(str(folder))
-        self._tr_loss += self.counters.loss_since_log
-        self._globalstep_last_logged = self.counters.last_logged
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        # Trainer calls this once more after the first step's batches are drawn and sampled
-        if not self._random_restored:
-            super()._load_rng_state(checkpoint)
-            self._random_restored = True
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's checkpoint, then ours, then the marker; only then are older ones deleted."""
-        args, main = self.args, self.args.should_save
-        run_dir = Path(self._get_output_dir(trial=trial))
-        folder = run_dir / f"checkpoint-{self.state.global_step}"
-        if main:
-            checkpoint.invalidate(folder)
-        self.accelerator.wait_for_everyone()
-        if not args.save_only_model:
-            self._save_run_state(folder)
-        limit, args.save_total_limit = args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if main:
-            if not args.save_only_model:
-                checkpoint.seal(folder, self.fingerprint())
-            checkpoint.rotate(folder, limit, self.state.best_model_checkpoint)
-
-    def _save_run_state(self, folder: Path) -> None:
-        self.counters.loss_since_log = self._tr_loss.item()
-        self.counters.last_logged = self._globalstep_last_logged
-        rank = self.accelerator.process_index
-        checkpoint.save_parts(folder, rank, self.stateful, self.args.should_save)
 
 
 class StepCallback(TrainerCallback):
