@@ -8,7 +8,7 @@ the model both ways once and refuses it when the two differ.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ class PackedBatch:
     rows: Tensor
     ids: Tensor
     cu_seqlens: Tensor
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """Return the same batch on another device."""
+        return PackedBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def inputs(self) -> dict[str, Any]:
         """Return the keywords of the forward, the two that must be off among them."""

@@ -22,6 +22,9 @@ class ReferencePolicy:
     reference is the same model with its adapter switched off.
     """
 
+    # a checkpoint holds it once for all ranks
+    shared = True
+
     def __init__(self, model: nn.Module, peft: bool) -> None:
         self.peft = peft
         if peft:

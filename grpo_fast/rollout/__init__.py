@@ -1,6 +1,6 @@
 """Prompts -> completions."""
 
-from .hf import generate
-from .rollouts import Rollouts
+from .hf import HFSampler, generate
+from .rollouts import Rollouts, Sampler
 
-__all__ = ["Rollouts", "generate"]
+__all__ = ["HFSampler", "Rollouts", "Sampler", "generate"]

@@ -20,6 +20,37 @@ from .rollouts import Rollouts
 _SAMPLING_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0}
 
 
+class HFSampler:
+    """`generate` with the policy itself, in this process: there are no weights to move.
+
+    Args:
+        model, generation_config, pad_id, eos_ids: see `generate`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        generation_config: GenerationConfig,
+        pad_id: int,
+        eos_ids: set[int],
+    ) -> None:
+        self.model = model
+        self.settings = {
+            "generation_config": generation_config,
+            "pad_id": pad_id,
+            "eos_ids": eos_ids,
+        }
+
+    def sample(self, prompts: list[list[int]], num_generations: int) -> Rollouts:
+        """`num_generations` completions of every prompt, from the global torch RNG."""
+        return generate(self.model, prompts, num_generations, **self.settings)
+
+    def sync(self, model: nn.Module) -> None:
+        """Sample from this model from now on."""
+        self.model = model
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,

@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {"GRPOConfig": "config", "GRPOTrainer": "grpo", "RolloutTrainer": "loop"}
+_HOME = {
+    "GRPOConfig": "config",
+    "GRPOTrainer": "grpo",
+    "MicroBatch": "window",
+    "RolloutTrainer": "loop",
+    "Stateful": "checkpoint",
+}
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "RolloutTrainer"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "MicroBatch", "RolloutTrainer", "Stateful"]
 
 
 def __getattr__(name: str) -> Any:

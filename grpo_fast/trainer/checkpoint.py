@@ -1,22 +1,29 @@
-"""What Trainer's checkpoints lack: rollout window, reference, counters, a mark of completeness."""
+"""What Trainer's checkpoints lack: the state of our parts, and a mark of completeness."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
+import operator
 import os
 import re
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from grpo_fast.checks import fail
+
+logger = logging.getLogger(__name__)
+
 MARKER = "grpo_fast_complete.json"
-REFERENCE = "grpo_fast_reference.safetensors"
-_FORMAT = 1
+# 1: window, reference and counters by name; 2: a list of parts
+_FORMATS = (1, 2)
 # written by whoever loads or saves a model, without influence on what it computes
 _VOLATILE = (
     "_name_or_path",
@@ -35,9 +42,30 @@ _VOLATILE = (
 _DERIVED = ("loss.text",)
 
 
+class Stateful(Protocol):
+    """A part of a run that a checkpoint holds.
+
+    `reset()`, if it has one, is called when training begins. `shared = True` says that its state is
+    the same on every rank: the checkpoint then holds it once.
+    """
+
+    def state_dict(self) -> Any:
+        """Its state: tensors, and what JSON can write, in dicts with names and in lists."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore what `state_dict` returned; tuples come as lists, tensors on the CPU."""
+        ...
+
+
 def rank_file(rank: int, suffix: str) -> str:
-    """Name of a rank's own file: `json` for counters, `safetensors` for the window."""
+    """Name of a rank's own file: `safetensors` for tensors, `json` for all else."""
     return f"grpo_fast_rank{rank}.{suffix}"
+
+
+def shared_file(name: str) -> str:
+    """Name of the file of a part that is the same on every rank."""
+    return f"grpo_fast_{name}.safetensors"
 
 
 def digest(value: Any) -> str:
@@ -77,43 +105,103 @@ def invalidate(folder: Path) -> None:
     (folder / MARKER).unlink(missing_ok=True)
 
 
-def save_rank(folder: Path, rank: int, window: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Write one rank's window (dicts of tensors or None) and its JSON-able state."""
-    entries = [(i, name, value) for i, micro in enumerate(window) for name, value in micro.items()]
-    other = {name for _, name, v in entries if v is not None and not isinstance(v, Tensor)}
-    if other:
-        raise ValueError(f"a micro-batch may hold tensors and None only, not {sorted(other)}.")
+def save_parts(folder: Path, rank: int, parts: Mapping[str, Stateful], main: bool) -> None:
+    """Write the state of every part: a rank's own in its files, a shared one once.
+
+    Args:
+        parts: {name: part}. A state holds tensors, and what JSON can write, in dicts and lists; the
+            state of a shared part is one dict of tensors, or None.
+        main: whether this rank writes the shared ones. All ranks ask for them.
+    """
+    states = {name: part.state_dict() for name, part in parts.items()}
+    shared = {name: states.pop(name) for name in parts if _is_shared(parts[name])}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{index}.{name}": value.detach().cpu().contiguous().clone()
-        for index, name, value in entries
-        if value is not None
-    }
-    absent = [[name for name, value in micro.items() if value is None] for micro in window]
-    save_file(tensors, folder / rank_file(rank, "safetensors"))
-    write_json(folder / rank_file(rank, "json"), {"absent": absent, "state": state})
+    found: list[tuple[tuple, Tensor]] = []
+    tree = _without_tensors(states, (), found)
+    places = {".".join(map(str, path)): path for path, _ in found}
+    save_file(_copies(zip(places, (t for _, t in found), strict=True)), _rank(folder, rank)[1])
+    write_json(_rank(folder, rank)[0], {"parts": tree, "tensors": places})
+    for name, state in shared.items():
+        if main and state is not None:
+            save_file(_copies(state.items()), folder / shared_file(name))
 
 
-def load_rank(folder: Path, rank: int, device: torch.device) -> tuple[list[dict], dict[str, Any]]:
-    """Read what `save_rank` wrote -> (window, state)."""
-    stored = json.loads((folder / rank_file(rank, "json")).read_text(encoding="utf-8"))
-    tensors = load_file(folder / rank_file(rank, "safetensors"))
-    window: list[dict] = [dict.fromkeys(names) for names in stored["absent"]]
+def load_parts(folder: Path, rank: int, parts: Mapping[str, Stateful]) -> None:
+    """Give every part the state that `save_parts` wrote.
+
+    A part that the checkpoint lacks, being older, stays as it is, with a warning. A shared part
+    gets None where there is no file of it.
+
+    Raises:
+        ValueError: the checkpoint has the state of a part that is not here.
+    """
+    states = _read_rank(folder, rank)
+    shared = [name for name in parts if _is_shared(parts[name])]
+    files = {p.stem.removeprefix("grpo_fast_") for p in folder.glob("grpo_fast_*.safetensors")}
+    once = {name for name in files if not re.fullmatch(r"rank\d+", name)}
+    foreign = sorted((states.keys() | once) - parts.keys())
+    if foreign:
+        hint = "resume with the trainer that wrote it"
+        fail("resume_from_checkpoint", f"the state of {', '.join(parts)}", foreign, hint)
+    for name, part in parts.items():
+        if name in shared:
+            part.load_state_dict(load_file(folder / shared_file(name)) if name in once else None)
+        elif name in states:
+            part.load_state_dict(states[name])
+        else:
+            logger.warning("resume_from_checkpoint: %s has no %s, which starts anew", folder, name)
+
+
+def _is_shared(part: Stateful) -> bool:
+    return getattr(part, "shared", False)
+
+
+def _rank(folder: Path, rank: int) -> tuple[Path, Path]:
+    return folder / rank_file(rank, "json"), folder / rank_file(rank, "safetensors")
+
+
+def _copies(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous().clone() for name, value in named}
+
+
+def _without_tensors(value: Any, path: tuple, found: list[tuple[tuple, Tensor]]) -> Any:
+    """The same tree with None for each tensor, which goes to `found` with the way to it."""
+    if isinstance(value, Tensor):
+        found.append((path, value))
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _without_tensors(v, (*path, str(k)), found) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(v, (*path, i), found) for i, v in enumerate(value)]
+    return value
+
+
+def _read_rank(folder: Path, rank: int) -> dict[str, Any]:
+    """The states of a rank's own parts, tensors on the CPU."""
+    state_file, tensor_file = _rank(folder, rank)
+    stored = json.loads(state_file.read_text(encoding="utf-8"))
+    tensors = load_file(tensor_file)
+    if "parts" not in stored:
+        return _format_1(stored, tensors)
+    for key, (*parents, last) in stored["tensors"].items():
+        functools.reduce(operator.getitem, parents, stored["parts"])[last] = tensors[key]
+    return stored["parts"]
+
+
+def _format_1(stored: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The states in a checkpoint of 0.1.0 before 2026-11-27."""
+    window: list[dict[str, Any]] = [dict.fromkeys(names) for names in stored["absent"]]
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        window[int(index)][name] = value.to(device)
-    return window, stored["state"]
-
-
-def save_reference(folder: Path, weights: dict[str, Tensor]) -> None:
-    """Write the weights of the reference policy."""
-    unique = {name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}
-    save_file(unique, folder / REFERENCE)
-
-
-def load_reference(folder: Path) -> dict[str, Tensor]:
-    """Read what `save_reference` wrote."""
-    return load_file(folder / REFERENCE)
+        window[int(index)][name] = value
+    state = stored["state"]
+    counters = {name: state[name] for name in ("tokens_seen", "loss_since_log", "last_logged")}
+    return {
+        "window": {"served": state["micro_step"], "micro_batches": window},
+        "counters": counters,
+        "metrics": state["metrics"],
+        "completions": state["completions"],
+    }
 
 
 def seal(folder: Path, fingerprint: dict[str, Any]) -> None:
@@ -122,7 +210,9 @@ def seal(folder: Path, fingerprint: dict[str, Any]) -> None:
     for path in files:
         _sync(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    write_json(folder / MARKER, {"format": _FORMAT, "files": sizes, "fingerprint": fingerprint})
+    write_json(
+        folder / MARKER, {"format": _FORMATS[-1], "files": sizes, "fingerprint": fingerprint}
+    )
     _sync(folder)
 
 
@@ -139,8 +229,9 @@ def problem(folder: Path) -> str | None:
         sizes = dict(marker["files"])
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
         return f"{MARKER} is damaged"
-    if marker.get("format") != _FORMAT:
-        return f"{MARKER} has format {marker.get('format')!r}, expected {_FORMAT}"
+    if marker.get("format") not in _FORMATS:
+        known = " or ".join(map(str, _FORMATS))
+        return f"{MARKER} has format {marker.get('format')!r}, expected {known}"
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():

@@ -29,17 +29,16 @@ from grpo_fast.models.packing import (
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
 from grpo_fast.rewards import RewardSet, weighted
-from grpo_fast.rollout.hf import generate
+from grpo_fast.rollout.hf import HFSampler
 from grpo_fast.rollout.rollouts import Rollouts
 
 from .config import GRPOConfig
-from .loop import Example, MicroBatch, RolloutTrainer, StepCallback
+from .loop import Example, RolloutTrainer, StepCallback
 from .metrics import Metrics, add_rollouts, loss_metrics
-from .reporting import CompletionLog, Curves, MetricsFile, Progress
+from .reporting import Curves, MetricsFile, Progress
 from .sampler import check_prompts, column_names, is_conversational
 from .setup import check_arguments, generation_of, policy_of, prompt_room, tokenizer_of
-
-_PACKED = ("input_ids", "position_ids", "rows", "ids", "cu_seqlens")
+from .window import MicroBatch
 
 
 class GRPOTrainer(RolloutTrainer):
@@ -52,8 +51,13 @@ class GRPOTrainer(RolloutTrainer):
         score(examples, rollouts)        -> (B, K)         rewards of this rank, NaN = unscorable
         advantages(rewards, G)           -> (B,), (P, G)   from the rewards of all ranks
         batch(rollouts, advantages)      -> [MicroBatch]   packed, with old and reference logp
+        prepare(micro_batches)           -> [MicroBatch]   what needs the whole window: nothing
         loss(model, micro_batch)         -> loss, metrics  one forward through the wrapped model
         log(logs)                                          metrics, completions, TRL's names
+
+    `generate` asks `self.sampler`, which any `grpo_fast.rollout.Sampler` can take the place of.
+    `micro_batch` is the class of the micro-batches, whose fields a subclass can add to, and
+    `stateful` all that a checkpoint holds beside Trainer's own.
 
     Args:
         model: checkpoint name or path, a causal `PreTrainedModel`, or a `PeftModel`.
@@ -100,7 +104,7 @@ class GRPOTrainer(RolloutTrainer):
         self.processing_class, self.args = tokenizer, args
         room = prompt_room(model, args)
         digests = {n: check_prompts(n, d, self.encode, room) for n, d in datasets.items()}
-        self._data_digest = digests.get("train_dataset")
+        self.data_digest = digests.get("train_dataset")
         super().__init__(
             model,
             args,
@@ -133,10 +137,15 @@ class GRPOTrainer(RolloutTrainer):
         check_packing(self.model, self.processing_class.pad_token_id)
         self.row_length = default_row_length(self.model)
         peft = hasattr(self.model, "peft_config")
-        self.reference = ReferencePolicy(self.model, peft) if self.args.beta else None
-        self.metrics = Metrics(self.args.device)
-        self.completions = CompletionLog()
-        self._reset_run()
+        if self.args.beta:
+            self.reference = ReferencePolicy(self.model, peft)
+            self.stateful["reference"] = self.reference
+        self.sampler = HFSampler(
+            self.model,
+            generation_config=self.generation_config,
+            pad_id=self.processing_class.pad_token_id,
+            eos_ids=self.eos_ids,
+        )
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, through the chat template when it is a list of messages."""
@@ -154,15 +163,9 @@ class GRPOTrainer(RolloutTrainer):
 
     def generate(self, examples: list[Example], num_generations: int) -> Rollouts:
         """Stage 1: sample `num_generations` completions of each example's prompt, in order."""
+        prompts = [self.encode(example["prompt"]) for example in examples]
         with self.accelerator.autocast():
-            return generate(
-                self.model,
-                [self.encode(example["prompt"]) for example in examples],
-                num_generations,
-                generation_config=self.generation_config,
-                pad_id=self.processing_class.pad_token_id,
-                eos_ids=self.eos_ids,
-            )
+            return self.sampler.sample(prompts, num_generations)
 
     def score(self, examples: list[Example], rollouts: Rollouts) -> Tensor:
         """Stage 2: rewards (B, K) of this rank, float32 on the CPU, NaN = unscorable."""
@@ -190,9 +193,8 @@ class GRPOTrainer(RolloutTrainer):
     ) -> list[MicroBatch]:
         """Stage 4: packed micro-batches of this rank's rollouts, advantages (B,) beside them.
 
-        A micro-batch holds tensors or None: those of `PackedBatch`, advantages (S,), and mask,
-        old_logp and ref_logp, each (N,) or None. old_logp is None when every use of the window
-        falls in the optimizer step that sampled it: the policy is then its own old policy.
+        old_logp is None when every use of the window falls in the optimizer step that sampled it:
+        the policy is then its own old policy.
         """
         size = self.args.per_device_eval_batch_size if evaluate else self._train_batch_size
         old = not (evaluate or self.args.on_policy)
@@ -206,51 +208,70 @@ class GRPOTrainer(RolloutTrainer):
                 row_length=self.row_length,
                 device=self.args.device,
             )
-            mask = None
-            if self.args.mask_truncated_completions and any(rollouts.truncated[part]):
-                kept = ~torch.tensor(rollouts.truncated[part], device=self.args.device)
-                mask = kept.repeat_interleave(packed.cu_seqlens.diff())
-            out.append(
-                {
-                    **{name: getattr(packed, name) for name in _PACKED},
-                    "advantages": advantages[part].to(self.args.device, torch.float32),
-                    "mask": mask,
-                    "old_logp": self._logprobs(self.model, packed) if old else None,
-                    "ref_logp": None
-                    if self.reference is None
-                    else self.reference.logprobs(
-                        lambda m, packed=packed: self._logprobs(m, packed)
-                    ),
-                }
+            micro = self.micro_batch(
+                packed=packed,
+                advantages=advantages[part].to(self.args.device, torch.float32),
+                mask=self._mask(rollouts, part, packed),
+                old_logp=self._logprobs(self.model, packed) if old else None,
+                rollout_logp=self._flat(rollouts.logp, part, torch.float32),
             )
+            if self.reference is not None:
+                micro.ref_logp = self.reference.logprobs(
+                    lambda m, packed=packed: self._logprobs(m, packed)
+                )
+            out.append(micro)
         return out
+
+    def _mask(self, rollouts: Rollouts, part: slice, packed: PackedBatch) -> Tensor | None:
+        """(N,) bool: written by the policy, and not in a completion that is left out; None: all."""
+        mask = self._flat(rollouts.mask, part, torch.bool)
+        if self.args.mask_truncated_completions and any(rollouts.truncated[part]):
+            kept = ~torch.tensor(rollouts.truncated[part], device=self.args.device)
+            kept = kept.repeat_interleave(packed.cu_seqlens.diff())
+            mask = kept if mask is None else mask & kept
+        return mask
+
+    def _flat(
+        self, values: list[list[Any]] | None, part: slice, dtype: torch.dtype
+    ) -> Tensor | None:
+        """One number for each completion token of a micro-batch, (N,)."""
+        if values is None:
+            return None
+        flat = [value for row in values[part] for value in row]
+        return torch.tensor(flat, dtype=dtype, device=self.args.device)
 
     def loss(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 5: one packed forward through the wrapped model -> (loss, metrics of the loss)."""
-        packed = PackedBatch(**{name: micro[name] for name in _PACKED})
+        packed = micro.packed
 
         def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
             return linear_policy_loss(
                 packed.select(hidden),
                 head,
                 packed.ids,
-                micro["advantages"],
+                micro.advantages,
                 config=self.loss_config,
-                mask=micro["mask"],
+                mask=micro.mask,
                 cu_seqlens=packed.cu_seqlens,
-                old_logp=micro["old_logp"],
-                ref_logp=micro["ref_logp"],
-                denominator=micro.get("denominator"),
+                old_logp=micro.old_logp,
+                ref_logp=micro.ref_logp,
+                rollout_logp=micro.rollout_logp,
+                denominator=micro.denominator,
                 workspace_bytes=self.args.workspace_bytes,
             )
 
         return model(**packed.inputs(), head_fn=head_fn)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued, the rewards among it."""
+        rewards = [self.rewards.names, self.rewards.weights.tolist()]
+        return {**super().fingerprint(), "rewards": rewards}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Stage 6: add the metrics since the last log; evaluation brings its own."""
         closing = "train_runtime" in logs and self.metrics.host
         if "loss" in logs or closing:
-            logs = {**self._named(self.metrics.reduce(self.accelerator)), **logs}
+            logs = {**self.named(self.metrics.reduce(self.accelerator)), **logs}
             self.metrics.reset()
             if self.args.log_completions:
                 folder = Path(self.args.output_dir) / "completions"
@@ -270,6 +291,8 @@ class GRPOTrainer(RolloutTrainer):
         repeat = math.gcd(num_generations, len(examples))
         self._extras, self._metrics_in_use = {}, metrics
         rollouts = self.generate(examples[::repeat], repeat)
+        if rollouts.version is None:
+            rollouts.version = self.state.global_step
         rewards = self.score(examples, rollouts)
         columns = (
             [len(ids) for ids in rollouts.completion_ids],
@@ -288,8 +311,8 @@ class GRPOTrainer(RolloutTrainer):
         add_rollouts(metrics, self.rewards.names, rewards, total, lengths, cut.bool())
         local = slice(first, first + len(examples))
         if not evaluate:
-            self._tokens_seen += int(lengths.sum() + prompts.sum())
-            metrics.add("num_tokens", self._tokens_seen, "max")
+            self.counters.tokens_seen += int(lengths.sum() + prompts.sum())
+            metrics.add("num_tokens", self.counters.tokens_seen, "max")
             self._record(examples, rollouts, rewards[local], advantages[local])
         return self.batch(rollouts, advantages[local], evaluate)
 
@@ -317,7 +340,8 @@ class GRPOTrainer(RolloutTrainer):
             row.update({column: values[i] for column, values in self._extras.items()})
             self.completions.rows.append(row)
 
-    def _named(self, values: dict[str, float], evaluate: bool = False) -> dict[str, float]:
+    def named(self, values: dict[str, float], evaluate: bool = False) -> dict[str, float]:
+        """TRL's names for the metrics."""
         named = {name: v for name, v in values.items() if not name.startswith("tokens/")}
         ratios = not (evaluate or self.args.on_policy)
         kl = self.reference is not None

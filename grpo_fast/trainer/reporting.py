@@ -33,7 +33,19 @@ class CompletionLog:
     """Completions between two logs: a table in the terminal and one parquet file for each log."""
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the rows."""
         self.rows: list[dict[str, Any]] = []
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """The rows that are still to be written, JSON-able."""
+        return self.rows
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Restore what `state_dict` returned."""
+        self.rows = state
 
     def flush(self, accelerator: Any, folder: Path, step: int, limit: int | None) -> None:
         """Print and write the rows of all ranks on the main process, then forget them."""

@@ -79,7 +79,7 @@ def test_the_interrupted_runs_differ_without_their_window(finished, tmp_path):
 
     def forget(path):
         load(path)
-        resumed._micro_step = 0
+        resumed.window.served = 0
 
     resumed._load_run_state = forget
     resumed.train(str(folder))
@@ -95,7 +95,7 @@ def test_true_takes_the_newest_complete_checkpoint_and_names_the_others(finished
     (output / "checkpoint-5" / checkpoint.MARKER).unlink()
     (output / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")
     resumed = build(output)
-    with caplog.at_level("WARNING", logger="grpo_fast.trainer.loop"):
+    with caplog.at_level("WARNING", logger="grpo_fast.trainer.resume"):
         resumed.train(True)
     text = caplog.text
     assert "checkpoint-5: it is incomplete" in text

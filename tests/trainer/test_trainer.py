@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import random
 
 import pytest
@@ -22,7 +21,7 @@ from tiny_trainer import (
 
 from grpo_fast import GRPOTrainer
 from grpo_fast.models.head import evaluating
-from grpo_fast.models.packing import PackedBatch, completion_logprobs
+from grpo_fast.models.packing import completion_logprobs
 from grpo_fast.trainer.sampler import WindowSampler
 
 
@@ -44,11 +43,11 @@ def test_reward_rises_on_a_task_that_can_be_learnt(tmp_path):
 def test_ratios_leave_one_only_when_a_window_outlives_its_step(tmp_path):
     once = trainer(tmp_path, gradient_accumulation_steps=2, max_steps=2)
     once.train()
-    assert once.args.on_policy and once.window[0]["old_logp"] is None
+    assert once.args.on_policy and once.window.micro_batches[0].old_logp is None
     assert not any(key.startswith("ratio") for row in once.state.log_history for key in row)
     twice = trainer(tmp_path, num_iterations=2, max_steps=2, reward=spread_reward)
     twice.train()
-    assert not twice.args.on_policy and twice.window[0]["old_logp"] is not None
+    assert not twice.args.on_policy and twice.window.micro_batches[0].old_logp is not None
     first, second = (row for row in twice.state.log_history if "loss" in row)
     assert first["ratio/min"] == pytest.approx(1, abs=1e-5) == first["ratio/max"]
     assert second["ratio/min"] < 0.99 and second["ratio/max"] > 1.01
@@ -118,11 +117,10 @@ def test_old_and_reference_logprobs_are_without_dropout(tmp_path):
     run = trainer(tmp_path, policy=policy, reward=spread_reward, **settings)
     run.train()
     assert run.model.training
-    micro = run.window[0]
-    packed = PackedBatch(**{f.name: micro[f.name] for f in dataclasses.fields(PackedBatch)})
+    micro = run.window.micro_batches[0]
     with evaluating(run.model), torch.no_grad():
-        expected = completion_logprobs(run.model, packed, 1.0)
-    assert torch.equal(micro["old_logp"], expected) and torch.equal(micro["ref_logp"], expected)
+        expected = completion_logprobs(run.model, micro.packed, 1.0)
+    assert torch.equal(micro.old_logp, expected) and torch.equal(micro.ref_logp, expected)
 
 
 def test_messages_go_through_the_template_and_come_back_as_messages(tmp_path):
@@ -177,7 +175,7 @@ def test_a_stage_can_be_replaced(tmp_path):
 
     run = trainer(tmp_path, cls=Reinforce, max_steps=1)
     run.train()
-    assert torch.equal(run.window[0]["advantages"], torch.ones(4))
+    assert torch.equal(run.window.micro_batches[0].advantages, torch.ones(4))
 
 
 def test_scales_of_the_advantages_and_weights_of_the_rewards(tmp_path):

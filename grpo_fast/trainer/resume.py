@@ -1,0 +1,184 @@
+"""How a run is saved and continued, at any optimizer step and bit for bit on the CPU."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from grpo_fast.config import LossConfig
+
+from . import checkpoint
+from .checkpoint import Stateful
+from .config import GRPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """What Trainer counts and its own state leaves out."""
+
+    tokens_seen: int = 0
+    loss_since_log: float = 0.0
+    last_logged: int = 0
+
+    def reset(self) -> None:
+        """Back to the start of a run."""
+        self.load_state_dict(asdict(Counters()))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers by name."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class ResumableTrainer(Trainer):
+    """Trainer whose checkpoints hold a run: its parts, and what has to be the same to go on.
+
+    Attributes:
+        stateful: {name: part} of all that a checkpoint holds beside Trainer's own; see `Stateful`.
+            A subclass adds its parts before `train`.
+        fingerprinted: arguments that decide what a step computes, beside the loss.
+    """
+
+    fingerprinted: tuple[str, ...] = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_generation",
+        "num_iterations",
+        "num_generations",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "generation_kwargs",
+        "chat_template_kwargs",
+        "mask_truncated_completions",
+        "sync_ref_model",
+        "ref_model_mixup_alpha",
+        "ref_model_sync_steps",
+        "disable_dropout",
+        "shuffle_dataset",
+        "seed",
+        "data_seed",
+        "bf16",
+        "fp16",
+    )
+
+    # what a subclass sets before `train`
+    args: GRPOConfig
+    loss_config: LossConfig
+    data_digest: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.counters = Counters()
+        self.stateful: dict[str, Stateful] = {"counters": self.counters}
+        self._reset_run()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be continued."""
+        loss = {f"loss.{k}": v for k, v in asdict(self.loss_config).items()}
+        settings = {name: getattr(self.args, name) for name in self.fingerprinted}
+        return {
+            **settings,
+            **loss,
+            "advantages": self.args.estimator,
+            "model": checkpoint.model_digest(self.model),
+            "train_dataset": [len(self.train_dataset), self.data_digest],
+            "ranks": self.accelerator.num_processes,
+        }
+
+    def _defaults(self) -> dict[str, Any]:
+        """What a checkpoint computed with where it is older than an option of the fingerprint."""
+        known = {
+            f.name: f.default
+            for f in fields(self.args)
+            if f.name in self.fingerprinted and f.default is not MISSING
+        }
+        return {**known, **{f"loss.{f.name}": f.default for f in fields(self.loss_config)}}
+
+    def _reset_run(self) -> None:
+        self._resume: Path | None = None
+        self._random_restored = False
+        for part in self.stateful.values():
+            reset = getattr(part, "reset", None)
+            if reset is not None:
+                reset()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> Any:
+        """Train; True resumes the newest complete checkpoint of the output folder.
+
+        Raises:
+            ValueError: there is no training data; the checkpoint is incomplete or comes from
+                another configuration.
+        """
+        if self.train_dataset is None:
+            raise ValueError("train_dataset: training needs one, got None.")
+        self._reset_run()
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        if resume_from_checkpoint is True:
+            folder, skipped = checkpoint.newest(self.args.output_dir)
+            for reason in skipped:
+                logger.warning("resume_from_checkpoint: skipped %s", reason)
+        else:
+            folder = Path(resume_from_checkpoint)
+        checkpoint.check(folder, self.fingerprint(), self._defaults())
+        self._load_run_state(folder)
+        return super().train(str(folder), *args, **kwargs)
+
+    def _load_run_state(self, folder: Path) -> None:
+        checkpoint.load_parts(folder, self.accelerator.process_index, self.stateful)
+        self._resume = folder
+
+    def go_on(self) -> None:
+        """Restore what Trainer has reset or consumed when it draws the first batches of a run."""
+        if self._resume is None:
+            return
+        folder, self._resume = self._resume, None
+        self._load_rng_state(str(folder))
+        self._tr_loss += self.counters.loss_since_log
+        self._globalstep_last_logged = self.counters.last_logged
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        # Trainer calls this once more after the first step's batches are drawn and sampled
+        if not self._random_restored:
+            super()._load_rng_state(checkpoint)
+            self._random_restored = True
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint, then ours, then the marker; only then are older ones deleted."""
+        args, main = self.args, self.args.should_save
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        if main:
+            checkpoint.invalidate(folder)
+        self.accelerator.wait_for_everyone()
+        if not args.save_only_model:
+            self._save_run_state(folder)
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if main:
+            if not args.save_only_model:
+                checkpoint.seal(folder, self.fingerprint())
+            checkpoint.rotate(folder, limit, self.state.best_model_checkpoint)
+
+    def _save_run_state(self, folder: Path) -> None:
+        self.counters.loss_since_log = self._tr_loss.item()
+        self.counters.last_logged = self._globalstep_last_logged
+        rank = self.accelerator.process_index
+        checkpoint.save_parts(folder, rank, self.stateful, self.args.should_save)
