@@ -18,13 +18,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import timing
 import torch
-from cases import CASES, Case
-from clock import replay
-from measure import measure, passes
-from peers import PEERS
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.cases import CASES, Case
+from benchmarks.measure import timing
+from benchmarks.measure.clock import replay
+from benchmarks.measure.contest import measure, passes
+from benchmarks.peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTIAL = ROOT / ".benchmarks" / "partial.jsonl"

@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 from result_files import CASE, entry, save
 
-# isort: split
-# These are found once result_files is imported.
-import charts
-import readme
-import report
-from records import read
-from wording import number
+from benchmarks.report import charts, readme
+from benchmarks.report import page as report
+from benchmarks.report.records import read
+from benchmarks.report.wording import number
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

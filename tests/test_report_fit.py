@@ -7,11 +7,9 @@ import functools
 import pytest
 from result_files import entry, save
 
-# isort: split
-# These are found once result_files is imported.
-import readme
-import report
-from records import read
+from benchmarks.report import page as report
+from benchmarks.report import readme
+from benchmarks.report.records import read
 
 CONTEXT = {"H": 4, "V": 100, "name": "small-1GiB", "budget": "1 GiB", "budget_bytes": 1 << 30}
 MODEL = {"B": 1, "T": 64, "name": "small-1GiB", "budget": "1 GiB", "budget_bytes": 1 << 30}

@@ -9,11 +9,9 @@ import subprocess
 import pytest
 from result_files import entry, save
 
-# isort: split
-# These are found once result_files is imported.
-import readme
-import report
-from records import read
+from benchmarks.report import page as report
+from benchmarks.report import readme
+from benchmarks.report.records import read
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 
-import fits
-from records import OURS, STEP, Contest, Record, Result, head, positions
-from wording import MIB, NONE, ROOT, number, plural, table, where
+from benchmarks.report import fits
+from benchmarks.report.records import OURS, STEP, Contest, Record, Result, head, positions
+from benchmarks.report.wording import MIB, NONE, ROOT, number, plural, table, where
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"

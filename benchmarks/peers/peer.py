@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from cases import Batch, Case
 from torch import Tensor
+
+from benchmarks.cases import Batch, Case
 
 IGNORED = -100
 

@@ -11,10 +11,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import fits
-from readme import README, RESULTS, committed, readme_block, replaced
-from records import OURS, STEP, Contest, Record, Result, floor_of, head, positions, read
-from wording import (
+from benchmarks.report import fits
+from benchmarks.report.readme import README, RESULTS, committed, readme_block, replaced
+from benchmarks.report.records import (
+    OURS,
+    STEP,
+    Contest,
+    Record,
+    Result,
+    floor_of,
+    head,
+    positions,
+    read,
+)
+from benchmarks.report.wording import (
     MIB,
     NONE,
     memory_verdict,
@@ -217,7 +227,7 @@ def write(path: Path) -> list[Path]:
     """The report and the charts of a result file, beside it; returns what was written."""
     result = read(path)
     # only here: the README's table needs no matplotlib
-    from charts import draw
+    from benchmarks.report.charts import draw
 
     charts = draw(result, where(path), path.parent, path.stem)
     target = path.with_suffix(".md")

@@ -12,8 +12,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases import Batch, Case, tokens
-from peer import (
+from torch import Tensor
+
+from benchmarks.cases import Batch, Case, tokens
+from benchmarks.peers.liger import PACKAGES
+from benchmarks.peers.peer import (
     IGNORED,
     LogitsBatch,
     Peer,
@@ -23,9 +26,6 @@ from peer import (
     on_logp,
     torch_loss,
 )
-from peers_packages import PACKAGES
-from torch import Tensor
-
 from grpo_fast import __version__, linear_logprob, linear_policy_loss, policy_loss
 
 __all__ = ["PEERS", "LogitsBatch", "Peer", "reason", "torch_loss", "version"]

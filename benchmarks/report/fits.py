@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-from records import OURS, Contest, Record, Result, head, positions
-from wording import MIB, NONE, number, plural, table
+from benchmarks.report.records import OURS, Contest, Record, Result, head, positions
+from benchmarks.report.wording import MIB, NONE, number, plural, table
 
 INTRODUCTION = """\
 Counted are the inputs of one loss step (hidden states, lm_head, ids, mask, advantages), the

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 
-from cases import CASES, tokens
-from measure import passes
-from timing import floor_bytes, floor_flops
+from benchmarks.measure.timing import floor_bytes, floor_flops
+
+from benchmarks.cases import CASES, tokens
+from benchmarks.measure.contest import passes
 
 
 def table(name: str, tflops: float, terabytes: float) -> str:

@@ -10,9 +10,18 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
-from cases import Batch, Case
-from peer import IGNORED, LogitsBatch, Peer, labels, no_compiler, on_logp, torch_loss
 from torch import Tensor
+
+from benchmarks.cases import Batch, Case
+from benchmarks.peers.peer import (
+    IGNORED,
+    LogitsBatch,
+    Peer,
+    labels,
+    no_compiler,
+    on_logp,
+    torch_loss,
+)
 
 
 def _cuda_only(case: Case, level: str, device: torch.device) -> str | None:
