@@ -276,6 +276,6 @@ def _sources() -> str:
     """Digest of the code that is measured and that measures; it names the state without git."""
     digest = hashlib.sha256()
     for folder in ("grpo_fast", "kernels", "benchmarks"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]

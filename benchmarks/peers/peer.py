@@ -41,6 +41,16 @@ def no_compiler(case: Case, level: str, device: torch.device) -> str | None:
     return None
 
 
+def cuda_only(case: Case, level: str, device: torch.device) -> str | None:
+    """Refuses every device but a GPU."""
+    return None if device.type == "cuda" else "Its kernels are Triton and need a GPU."
+
+
+def unavailable(case: Case) -> Callable:
+    """Stands for a function that `Peer.refuses` never lets anyone build."""
+    raise NotImplementedError("listed with its reason only")
+
+
 @dataclass(frozen=True)
 class Peer:
     """A contestant: its name in tables, and for each level how a function is made of it.

@@ -1,6 +1,6 @@
 """Result files -> a Markdown page and charts for each, and the benchmark block of README.md.
 
-`python benchmarks/report.py [FILES...] [--readme]`: without FILES every file of benchmarks/results;
+`python -m benchmarks.report [FILES...] [--readme]`: without FILES every file of benchmarks/results;
 page and charts stand beside their file. --readme also writes README.md, from the committed files.
 """
 
