@@ -169,8 +169,8 @@ def how() -> str:
         _text(
             32,
             373,
-            "Computed by grpo-fast plan, not measured; above hidden states and weights. The upper"
-            " bar leaves its gradients of these out.",
+            "Computed, not measured: grpo-fast plan, and 8 N V bytes. Above hidden states and"
+            " weights; the upper bar leaves its gradients of these out.",
             13,
             fill=SOFT,
         ),

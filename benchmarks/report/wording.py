@@ -10,6 +10,12 @@ from benchmarks.report.records import OURS, STEP, Contest, Record
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 NONE = "-"
+LEVELS = {
+    "linear": "the loss from hidden states and the lm_head",
+    "logits": "the loss from logits",
+    "logprob": "log-probs from hidden states and the lm_head",
+    STEP: "a whole optimizer step",
+}
 
 
 def plural(count: int, noun: str) -> str:
