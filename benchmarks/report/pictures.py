@@ -1,6 +1,6 @@
 """The pictures of README.md: `python -m benchmarks.report.pictures` writes docs/images/*.svg.
 
-Their numbers come from the planner and from the log of a run of the demo, docs/images/demo.jsonl.
+Their numbers come from the planner and from tests/results/curves.json, the result of a sweep.
 SVG by hand, so that the same input gives the same bytes and a test can compare them.
 """
 
@@ -18,7 +18,9 @@ from benchmarks.report.wording import ROOT
 from grpo_fast import cli
 
 IMAGES = ROOT / "docs" / "images"
-DEMO = IMAGES / "demo.jsonl"
+CURVES = ROOT / "tests" / "results" / "curves.json"
+# of the sweep `curves`
+STEPS = 300
 # the head of Qwen3-8B, under 8 completions of 4,096 tokens
 MODEL, TOKENS, HIDDEN, VOCAB = "Qwen3-8B", 32768, 4096, 151936
 INK, SOFT, LINE, PAPER = "#1f2328", "#59636e", "#c4ccd4", "#ffffff"
@@ -169,8 +171,8 @@ def how() -> str:
         _text(
             32,
             373,
-            "Computed, not measured: grpo-fast plan, and 8 N V bytes. Above hidden states and"
-            " weights; the upper bar leaves its gradients of these out.",
+            "Computed, not measured: by grpo-fast plan; the upper bar is 8 N V bytes and leaves"
+            " out its gradients of hidden and lm_head.",
             13,
             fill=SOFT,
         ),
@@ -178,52 +180,82 @@ def how() -> str:
     return _page(960, 392, "How grpo_fast computes a loss, and what it holds in memory", parts)
 
 
-def demo_log() -> list[tuple[int, float]]:
-    """Optimizer step and mean reward of each log of the committed run of the demo."""
-    lines = map(json.loads, DEMO.read_text(encoding="utf-8").splitlines())
-    return [(line["step"], line["reward"]) for line in lines if "reward" in line]
+class Arm(NamedTuple):
+    """The reward of one loss in the sweep: mean and spread between seeds, by parts of the run."""
+
+    mean: list[float]
+    std: list[float]
 
 
-def demo() -> str:
-    """The demo's reward by optimizer step."""
-    points = demo_log()
-    last = points[-1][0]
-    left, right, top, bottom = 62, 930, 58, 224
+def rewards(name: str) -> Arm:
+    """An arm of the setting `dapo` of the committed sweep."""
+    curves = json.loads(CURVES.read_text(encoding="utf-8"))["curves"]["dapo"]
+    return Arm(**curves[name]["reward"])
 
-    def place(step: float, reward: float) -> tuple[float, float]:
-        return left + (right - left) * step / last, bottom - (bottom - top) * reward / 0.8
 
+def training() -> str:
+    """Reward by optimizer step: the fp32 reference, our loss with bf16 weights, and a wrong one."""
+    reference, ours, wrong = map(rewards, ("reference", "bf16", "wrong sign for every 4th token"))
+    parts_of_run = len(reference.mean)
+    left, right, top, bottom = 62, 640, 58, 252
+
+    def place(part: float, reward: float) -> tuple[float, float]:
+        return left + (right - left) * part / parts_of_run, bottom - (bottom - top) * reward
+
+    def points(values: Sequence[float], backwards: bool = False) -> str:
+        found = [place(k + 0.5, value) for k, value in enumerate(values)]
+        return " ".join(f"{x:.1f},{y:.1f}" for x, y in (found[::-1] if backwards else found))
+
+    # a reward is at most 1
+    edges = [
+        [min(1.0, m + sign * 2 * s) for m, s in zip(reference.mean, reference.std, strict=True)]
+        for sign in (1, -1)
+    ]
     parts = [
         _text(
-            24, 34, f"make demo: mean reward of the sampled answers, {last} steps on two CPU cores"
+            24, 34, "Our loss with bf16 weights learns what the fp32 reference learns", 16
         ).replace("<text", '<text font-weight="bold"'),
     ]
-    for reward in (0.0, 0.2, 0.4, 0.6, 0.8):
+    for reward in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = place(0, reward)[1]
         parts += [
             f'<path d="M{left} {y:g}H{right}" stroke="{LINE}"/>',
-            _text(left - 8, y + 5, f"{reward:.1f}", 14, text_anchor="end", fill=SOFT),
+            _text(left - 8, y + 5, f"{reward:g}", 14, text_anchor="end", fill=SOFT),
         ]
-    for step in range(0, last + 1, 10):
-        x = place(step, 0)[0]
-        parts.append(_text(x, bottom + 22, f"{step}", 14, text_anchor="middle", fill=SOFT))
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in points))
-    parts.append(f'<polyline points="{line}" fill="none" stroke="{OURS}" stroke-width="2.5"/>')
-    for point in points:
-        x, y = place(*point)
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{OURS}"/>')
-    for point in (points[0], points[-1]):
-        x, y = place(*point)
-        parts.append(_text(x, y - 12, f"{point[1]:.2f}", 15, text_anchor="middle"))
-    parts.append(
-        _text(
-            (left + right) / 2, bottom + 44, "optimizer step", 14, fill=SOFT, text_anchor="middle"
-        )
+    for step in range(0, STEPS + 1, 50):
+        x = place(step * parts_of_run / STEPS, 0)[0]
+        parts.append(_text(x, bottom + 21, f"{step}", 14, text_anchor="middle", fill=SOFT))
+    legend = (
+        (86, FAINT, "reference, fp32, autograd", "mean and 2 std of 8 seeds"),
+        (146, OURS, "grpo_fast, bf16 weights", "mean of 4 other seeds"),
+        (206, THEIRS, "wrong on purpose", "sign of every 4th token"),
     )
-    return _page(960, 284, "The reward of the demo by optimizer step", parts)
+    parts += [
+        f'<polygon points="{points(edges[0])} {points(edges[1], True)}" fill="{FAINT}"/>',
+        f'<polyline points="{points(reference.mean)}" fill="none" stroke="{GRADIENT}"'
+        ' stroke-width="2"/>',
+        f'<polyline points="{points(ours.mean)}" fill="none" stroke="{OURS}" stroke-width="3"/>',
+        f'<polyline points="{points(wrong.mean)}" fill="none" stroke="{THEIRS}" stroke-width="2"'
+        ' stroke-dasharray="6 4"/>',
+        _text(
+            (left + right) / 2,
+            bottom + 42,
+            "optimizer step of a toy model, reward",
+            14,
+            fill=SOFT,
+            text_anchor="middle",
+        ),
+    ]
+    for y, colour, what, how_many in legend:
+        parts += [
+            _box(668, y - 12, 18, 14, colour),
+            _text(696, y, what, 15),
+            _text(696, y + 20, how_many, 14, fill=SOFT),
+        ]
+    return _page(960, 308, "Reward of a toy model under three losses", parts)
 
 
-PICTURES = {"how.svg": how, "demo.svg": demo}
+PICTURES = {"how.svg": how, "training.svg": training}
 
 
 def main() -> None:
