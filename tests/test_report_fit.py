@@ -1,4 +1,4 @@
-"""What the report and README.md say of level fit: who fits more, and what was not run."""
+"""What the report and docs/benchmarks.md say of level fit: who fits more, and what was not run."""
 
 from __future__ import annotations
 

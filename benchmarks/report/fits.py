@@ -1,4 +1,4 @@
-"""Level fit in the report and in README.md: how much fits in a given memory, and who fits more."""
+"""Level fit in the report and in docs/benchmarks.md: how much fits in a given memory, and who fits more."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def summary(result: Result) -> list[str]:
 
 
 def readme_lines(result: Result, usual: tuple[str, ...]) -> list[str]:
-    """The table of README.md on this level; `usual` contestants have columns of their own."""
+    """The table of docs/benchmarks.md on this level; `usual` contestants have columns of their own."""
     asked = [c for c in result.fits if c.ours is not None]
     if not asked:
         return []

@@ -222,7 +222,7 @@ def page(result: Result, charts: dict[str, Path]) -> str:
 def write(path: Path) -> list[Path]:
     """The report and the charts of a result file, beside it; returns what was written."""
     result = read(path)
-    # only here: the README's table needs no matplotlib
+    # only here: the tables of the pages need no matplotlib
     from benchmarks.report.charts import draw
 
     charts = draw(result, where(path), path.parent, path.stem)
