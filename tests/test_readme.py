@@ -26,6 +26,8 @@ DOCS = ROOT / "docs"
 # Pages whose every snippet is complete. In those of the adapters some show a change of a script.
 WHOLE = ("README.md", "docs/losses.md", "docs/options.md", "docs/routes.md", "docs/precision.md")
 WHOLE += ("docs/benchmarks.md", "docs/trainer.md", "docs/integrations.md")
+PROSE = ("README.md", "CONTRIBUTING.md", "kernels/README.md")
+PROSE += tuple(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")))
 FOLDERS = {
     "kernels": "Triton only: from logits to statistics, losses and gradients",
     "benchmarks": "cases; contestants in peers/, clocks in measure/, pages in report/, results/",
@@ -132,11 +134,11 @@ BLOCKS = (
     Block(
         DOCS / "losses.md",
         "variants",
-        "written by tests/test_readme.py from PRESETS",
+        "written by test_readme.py from PRESETS",
         variants_table,
     ),
-    Block(DOCS / "routes.md", "products", "written by tests/test_readme.py", products_table),
-    Block(README, "tree", "written by tests/test_readme.py", tree),
+    Block(DOCS / "routes.md", "products", "written by test_readme.py", products_table),
+    Block(README, "tree", "written by test_readme.py", tree),
 )
 
 
@@ -225,9 +227,7 @@ def named_in(text: str) -> set[str]:
     return {name for name in found if not name.endswith(".md")}
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", *sorted(f"docs/{p.name}" for p in DOCS.glob("*.md"))]
-)
+@pytest.mark.parametrize("page", PROSE)
 def test_every_name_of_ours_in_a_page_exists(page):
     text = text_of(page)
     assert {name for name in named_in(text) if not defines(name)} == set()

@@ -1,4 +1,4 @@
-"""Level fit in the report and in docs/benchmarks.md: how much fits in a given memory, and who fits more."""
+"""Level fit in reports and docs/benchmarks.md: what fits in a given memory, and who fits more."""
 
 from __future__ import annotations
 
@@ -165,8 +165,8 @@ def summary(result: Result) -> list[str]:
     return lines
 
 
-def readme_lines(result: Result, usual: tuple[str, ...]) -> list[str]:
-    """The table of docs/benchmarks.md on this level; `usual` contestants have columns of their own."""
+def page_lines(result: Result, usual: tuple[str, ...]) -> list[str]:
+    """The table of docs/benchmarks.md; `usual` contestants have columns of their own."""
     asked = [c for c in result.fits if c.ours is not None]
     if not asked:
         return []

@@ -120,7 +120,7 @@ def _block(result: Result) -> list[str]:
         "",
         *table(header, map(_row, rows)),
         "",
-        *fits.readme_lines(result, USUAL),
+        *fits.page_lines(result, USUAL),
     ]
     if left := len(shown) - len(rows):
         lines += [f"Also in the report, none lost: {plural(left, 'case')} of a forward pass.", ""]
