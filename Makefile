@@ -187,7 +187,7 @@ test-gpu: $(ENVIRONMENT)
 # where it was; ARGS=--fresh measures again.
 BENCH = PYTHONPATH=.peers $(RUN) -m pytest benchmarks -q -p no:cacheprovider --benchmark-columns=median,iqr,rounds \
 	--benchmark-sort=mean --cases $(1) --benchmark-json=benchmarks/results/$(1).json $(ARGS) \
-	&& $(RUN) benchmarks/report.py benchmarks/results/$(1).json
+	&& $(RUN) -m benchmarks.report benchmarks/results/$(1).json
 
 bench: .peers/.installed
 	$(call BENCH,cpu)

@@ -18,13 +18,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-import timing
 import torch
-from cases import CASES, Case
-from clock import replay
-from measure import measure, passes
-from peers import PEERS
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks.cases import CASES, Case
+from benchmarks.measure import timing
+from benchmarks.measure.clock import replay
+from benchmarks.measure.contest import measure, passes
+from benchmarks.peers import PEERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTIAL = ROOT / ".benchmarks" / "partial.jsonl"
@@ -275,6 +276,6 @@ def _sources() -> str:
     """Digest of the code that is measured and that measures; it names the state without git."""
     digest = hashlib.sha256()
     for folder in ("grpo_fast", "kernels", "benchmarks"):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]

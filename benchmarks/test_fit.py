@@ -1,9 +1,10 @@
 """Level (e): the longest context and the largest model that fit in a given memory."""
 
 import pytest
-from clock import recorded, replay
-from fit import FIT_CASES, LEVEL, PASSES, measure
-from peers import PEERS
+
+from benchmarks.measure.clock import recorded, replay
+from benchmarks.measure.fit import FIT_CASES, LEVEL, PASSES, measure
+from benchmarks.peers import PEERS
 
 
 def pytest_generate_tests(metafunc):

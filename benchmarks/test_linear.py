@@ -1,6 +1,6 @@
 """Level (b): the loss from hidden states and the lm_head."""
 
-from clock import recorded
+from benchmarks.measure.clock import recorded
 
 LEVEL = "linear"
 

@@ -1,6 +1,6 @@
 """Level (a): the loss from given logits, forward and backward."""
 
-from clock import recorded
+from benchmarks.measure.clock import recorded
 
 LEVEL = "logits"
 

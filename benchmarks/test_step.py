@@ -3,8 +3,9 @@
 import statistics
 
 import pytest
-from clock import recorded, replay
-from step import CASES, CONTESTANTS, LEVEL, measure
+
+from benchmarks.measure.clock import recorded, replay
+from benchmarks.measure.step import CASES, CONTESTANTS, LEVEL, measure
 
 
 def pytest_generate_tests(metafunc):

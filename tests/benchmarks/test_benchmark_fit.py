@@ -12,16 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.measure import fit
+from benchmarks.measure.fit import Contestant, FitCase, Model, NoAnswer, Sample, line
+from benchmarks.peers import PEERS, Peer
+from benchmarks.report.records import read
 from grpo_fast.engine.chunks import DEFAULT_WORKSPACE
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-# Importing them takes the folder above.
-import fit  # noqa: E402
-from fit import Contestant, FitCase, Model, NoAnswer, Sample, line  # noqa: E402
-from peers import PEERS, Peer  # noqa: E402
-from records import read  # noqa: E402
-
 CPU = torch.device("cpu")
 CASE = FitCase(
     "known", 8, 300, (64, 128, 256), {"1 MiB": 1 << 20}, 128, (), verify_seconds=60, narrow=4

@@ -6,20 +6,16 @@ A tiny model, and TRL where it is installed.
 from __future__ import annotations
 
 import contextlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from tiny_trainer import model, tokenizer
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-# Importing them takes the folder above.
-import step  # noqa: E402
-from clock import Recorded  # noqa: E402
-from turns import Turns, peak_memory  # noqa: E402
+from benchmarks.measure import step
+from benchmarks.measure.clock import Recorded
+from benchmarks.measure.turns import Turns, peak_memory
 
 CPU = torch.device("cpu")
 needs_trl = pytest.mark.usefixtures("trl")

@@ -32,10 +32,9 @@ def result(tmp_path_factory):
 
 
 def test_every_contestant_is_a_result_or_a_reason(result):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from cases import CASES
-    from measure import passes
-    from peers import PEERS
+    from benchmarks.cases import CASES
+    from benchmarks.measure.contest import passes
+    from benchmarks.peers import PEERS
 
     _, data = result
     ran = {
@@ -109,7 +108,7 @@ def test_a_gpu_set_without_a_gpu_is_refused_in_a_sentence():
 
 
 def test_floors_are_printed_for_every_gpu_case():
-    command = [sys.executable, "benchmarks/floors.py"]
+    command = [sys.executable, "-m", "benchmarks.measure.floors"]
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     # 6 x 8192 x 4096 x 151936 FLOP at 788 TFLOP/s
     assert "| qwen3-8b-8k | forward+backward | 8192 | 4096 | 151936 | 8192 | 8192 | 30.59 |" in out

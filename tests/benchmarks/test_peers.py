@@ -1,17 +1,12 @@
 """The contestants of the benchmarks compute what grpo_fast computes, or say why they cannot run."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.cases import Case, make
+from benchmarks.peers import PEERS, LogitsBatch, Peer, reason, version
 from grpo_fast import reference
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from cases import Case, make
-from peers import PEERS, LogitsBatch, Peer, reason, version
 
 SHAPE = {"B": 4, "T": 32, "H": 64, "V": 301, "lengths": "alternate"}
 CASES = (

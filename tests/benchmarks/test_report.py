@@ -1,4 +1,4 @@
-"""What benchmarks/report.py makes of result files: pages and charts."""
+"""What benchmarks/report/ makes of result files: pages and charts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 from result_files import CASE, entry, save
 
-# isort: split
-# These are found once result_files is imported.
-import charts
-import readme
-import report
-from records import read
-from wording import number
+from benchmarks.report import charts, readme
+from benchmarks.report import page as report
+from benchmarks.report.records import read
+from benchmarks.report.wording import number
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -95,7 +92,7 @@ def test_lost_case_is_shown_as_lost(saved):
     assert "in 1 it is not; in 1 another needs less memory" in text
     assert text.count("**Lost**: TRL is 1.25x faster.") == 2
     assert text.count("**Lost on memory**: TRL needs 1.00 MiB, grpo_fast 4.00 MiB.") == 2
-    block = readme.readme_block([read(path)])
+    block = readme.tables([read(path)])
     assert "| TRL **0.80x** | TRL **0.25x** | - | **0.80x**, **0.25x** | - |" in block
 
 
@@ -118,7 +115,7 @@ def test_inexact_is_marked_and_never_ranked(saved):
     assert theirs["error of dhidden"] == "-"
     assert "Won: the next, TRL, is 2.00x slower." in text and "Lost" not in text
     assert text.index("| TRL | 200") < text.index("| CCE | 10.0")
-    assert "CCE" not in readme.readme_block([read(path)])
+    assert "CCE" not in readme.tables([read(path)])
 
 
 def test_ours_inexact_is_no_win(saved):
@@ -127,7 +124,7 @@ def test_ours_inexact_is_no_win(saved):
     assert rows(text, "grpo_fast")[0]["vs grpo_fast"] == "1.00 (inexact)"
     assert text.count("**Lost**: grpo_fast is inexact here") == 2
     assert "In 0 of 1 case" in text and "in 1 it is not" in text
-    assert "100 ms, 4.00 MiB (inexact) | TRL **2.00x**" in readme.readme_block([read(path)])
+    assert "100 ms, 4.00 MiB (inexact) | TRL **2.00x**" in readme.tables([read(path)])
 
 
 def test_alone_is_no_win(saved):
@@ -158,7 +155,7 @@ def test_step_is_ranked_by_tokens_per_second(saved):
     assert rows(text, "TRL")[0]["vs grpo_fast"] == "2.00x slower"
     assert rows(text, "TRL")[0]["difference of loss"] == "1.0e-06"
     assert "## step: a whole optimizer step\n\n### small\n" in text
-    assert "| step small | N 16, " in readme.readme_block([read(path)])
+    assert "| step small | N 16, " in readme.tables([read(path)])
 
 
 def test_steps_that_differ_are_not_ranked(saved):

@@ -1,4 +1,4 @@
-"""What the report and README.md say of level fit: who fits more, and what was not run."""
+"""What the report and docs/benchmarks.md say of level fit: who fits more, and what was not run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import functools
 import pytest
 from result_files import entry, save
 
-# isort: split
-# These are found once result_files is imported.
-import readme
-import report
-from records import read
+from benchmarks.report import page as report
+from benchmarks.report import readme
+from benchmarks.report.records import read
 
 CONTEXT = {"H": 4, "V": 100, "name": "small-1GiB", "budget": "1 GiB", "budget_bytes": 1 << 30}
 MODEL = {"B": 1, "T": 64, "name": "small-1GiB", "budget": "1 GiB", "budget_bytes": 1 << 30}
@@ -80,7 +78,7 @@ def test_lost_and_extrapolated_are_said(saved):
     assert text.count("**Lost**: LCE fits 1.50x as many positions (computed, not run).") == 2
     assert "| LCE | **30,000\\*** | **1.50x** | 32.0 | 1,234 | extrapolated from 256" in text
     assert "more than every other contestant in 0 and less than another in 1" in text
-    block = readme.readme_block([read(path)])
+    block = readme.tables([read(path)])
     assert (
         "| longest context in 1 GiB, H 4, V 100, float32 | 20,000 | LCE **30,000\\*** | - | - | - |"
         in block
@@ -109,7 +107,7 @@ def test_largest_model(saved):
     assert "| grpo_fast | two | 2 billion | 512 | run |" in text
     assert "| TRL | half\\* | 0.5 billion | 512 | by its law |" in text
     assert "| torch | none | - | - | run |" in text
-    block = readme.readme_block([read(path)])
+    block = readme.tables([read(path)])
     assert (
         "| largest model in 1 GiB, a context of 64, float32 | two | TRL half\\* | none | half\\* |"
         in block
@@ -126,7 +124,7 @@ def test_alone_and_absent(saved):
     assert "grpo_fast has nobody to beat" in page(saved(context("grpo_fast", 5)))
     path = saved(context("TRL", 5))
     assert "grpo_fast was not measured here" in page(path)
-    assert "What fits" not in readme.readme_block([read(path)])
+    assert "What fits" not in readme.tables([read(path)])
 
 
 def test_reserve_is_named(saved):

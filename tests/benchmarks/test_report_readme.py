@@ -1,4 +1,4 @@
-"""The benchmark block of README.md: where its numbers come from, and that it is up to date."""
+"""Results and pictures of README.md and docs/: where they come from, that they are up to date."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import shutil
 import subprocess
 
 import pytest
-from result_files import entry, save
+from result_files import CASE, entry, save
 
-# isort: split
-# These are found once result_files is imported.
-import readme
-import report
-from records import read
+from benchmarks.report import page as report
+from benchmarks.report import pictures, readme
+from benchmarks.report.records import read
 
 
 @pytest.fixture
@@ -30,8 +28,8 @@ def test_readme_block_says_where_numbers_come_from(saved):
         entry("grpo_fast", 0.1, **forward),
         entry("torch", 0.3, **forward),
     )
-    block = readme.readme_block([read(path)])
-    assert "from [`cpu.json`](cpu.json)" in block and "[report](cpu.md)" in block
+    block = readme.tables([read(path)])
+    assert "from [`cpu.json`](../cpu.json)" in block and "[report](../cpu.md)" in block
     assert "**Abacus 2**, 2 threads, torch 2.13.0, 2026-11-21, commit 0123456789 with" in block
     assert (
         "| linear small | N 16, H 4, V 100, float32, active 0.5 | 100 ms, 4.00 MiB"
@@ -40,42 +38,65 @@ def test_readme_block_says_where_numbers_come_from(saved):
     assert "none lost: 1 case of a forward pass" in block and "(forward only)" not in block
     assert block.endswith("**no GPU figure exists yet.**")
     gpu = saved(entry("grpo_fast", 0.1), name="gpu", device="cuda")
-    both = readme.readme_block([read(path), read(gpu)])
+    both = readme.tables([read(path), read(gpu)])
     assert "no GPU figure" not in both and "`gpu.json`" in both and "`cpu.json`" in both
 
 
 def test_readme_shows_a_forward_pass_that_is_lost(saved):
     forward = {"pass": "forward"}
     path = saved(entry("grpo_fast", 0.1, **forward), entry("torch", 0.05, **forward))
-    block = readme.readme_block([read(path)])
+    block = readme.tables([read(path)])
     assert "| linear small (forward only) |" in block and "torch **0.50x**" in block
 
 
 def test_readme_without_results_claims_nothing():
-    block = readme.readme_block([])
+    block = readme.tables([])
     assert "claims no speed and no memory figure" in block and "GPU" in block
 
 
-def test_readme_block_is_replaced_and_nothing_else(saved, monkeypatch, tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.MARKS[0]}\nold\n{readme.MARKS[1]}\nafter\n", encoding="utf-8")
+def page_of(folder, block):
+    """A page in `folder` with this block's marks and nothing between them yet."""
+    path = folder / block.page.name
+    start, end = block.marks
+    path.write_text(f"before\n{start}\nold\n{end}\nafter\n", encoding="utf-8")
+    return block._replace(page=path)
+
+
+def test_blocks_are_replaced_and_nothing_else(saved, monkeypatch, tmp_path):
+    blocks = [page_of(tmp_path, block) for block in readme.BLOCKS]
     path = saved(entry("grpo_fast", 0.1), entry("TRL", 0.2))
-    monkeypatch.setattr(report, "README", page)
+    monkeypatch.setattr(report, "BLOCKS", blocks)
     monkeypatch.setattr(report, "committed", lambda: [path])
-    report.main([str(path), "--readme"])
-    once = page.read_text(encoding="utf-8")
-    block = readme.readme_block([read(path)])
-    assert once == f"before\n{readme.MARKS[0]}\n{block}\n{readme.MARKS[1]}\nafter\n"
-    report.main([str(path), "--readme"])
-    assert page.read_text(encoding="utf-8") == once
+    for _ in range(2):
+        report.main([str(path), "--readme"])
+        for block in blocks:
+            start, end = block.marks
+            written = f"before\n{start}\n{block.text([read(path)])}\n{end}\nafter\n"
+            assert block.page.read_text(encoding="utf-8") == written
 
 
-@pytest.mark.parametrize(
-    "text", ["", readme.MARKS[0], readme.MARKS[1] + readme.MARKS[0], "".join(readme.MARKS * 2)]
-)
-def test_readme_without_its_marks_is_refused(text):
-    with pytest.raises(ValueError, match="README.md: expected the two lines"):
-        readme.replaced(text, "block")
+@pytest.mark.parametrize("block", readme.BLOCKS, ids=lambda block: block.page.name)
+def test_a_page_without_its_marks_is_refused(block):
+    start, end = block.marks
+    for text in ("", start, end + start, (start + end) * 2):
+        with pytest.raises(ValueError, match=f"{block.page.name}: expected the two lines"):
+            readme.replaced(text, block, [])
+
+
+def test_the_front_page_keeps_the_rows_that_are_lost(saved):
+    """The row of a case stays when another is faster and smaller, and the losses are counted."""
+    level, name = readme.FRONT[1]
+    case = {**CASE, "name": name}
+    path = saved(
+        entry("grpo_fast", 0.2, level=level, case=case),
+        entry("TRL", 0.1, level=level, case=case, peak_bytes=2 << 20),
+    )
+    text = readme.front([read(path)])
+    row = "| 200 ms, 4.00 MiB | TRL **0.50x** | TRL **0.50x** | [Abacus 2, 2026-11-21](cpu.md) |"
+    assert row in text
+    assert "Of 1 timed case grpo_fast is the fastest in 0 and is beaten in 1; in 1" in text
+    assert text.endswith("**no GPU figure exists yet.**")
+    assert "claimed" in readme.front([])
 
 
 def test_only_committed_results_count(saved, monkeypatch, tmp_path):
@@ -95,9 +116,18 @@ def test_only_committed_results_count(saved, monkeypatch, tmp_path):
     assert [path.name for path in readme.committed()] == ["b.json"]
 
 
-def test_readme_is_what_the_committed_results_say():
-    text = readme.README.read_text(encoding="utf-8")
-    if readme.MARKS[0] not in text:
-        pytest.skip("the README has no benchmark block yet")
-    block = readme.readme_block([read(path) for path in readme.committed()])
-    assert readme.replaced(text, block) == text
+@pytest.mark.parametrize("block", readme.BLOCKS, ids=lambda block: block.page.name)
+def test_pages_are_what_the_committed_results_say(block):
+    text = block.page.read_text(encoding="utf-8")
+    results = [read(path) for path in readme.committed()]
+    assert readme.replaced(text, block, results) == text
+
+
+def test_every_row_of_the_front_page_is_measured():
+    found = {(c.level, c.case["name"]) for path in readme.committed() for c in read(path).contests}
+    assert set(readme.FRONT) <= found
+
+
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_pictures_are_what_their_script_draws(name):
+    assert (pictures.IMAGES / name).read_text(encoding="utf-8") == pictures.PICTURES[name]()

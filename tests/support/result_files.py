@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-
-# The modules there are no package; whoever imports this one can import them.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 CASE = {"name": "small", "B": 2, "T": 8, "H": 4, "V": 100, "dtype": "float32", "active": 0.5}
 MACHINE = {

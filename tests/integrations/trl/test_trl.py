@@ -124,8 +124,7 @@ def _length_reward(completions, **_):
 @pytest.mark.parametrize("use_lora", [False, True], ids=["full", "LoRA"])
 def test_smollm2(use_lora):
     """SmolLM2-135M-Instruct and its own text, with TRL's default optimizer."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from step_cases import smollm2
+    from benchmarks.step_cases import smollm2
 
     options = {"optim": "adamw_torch", "learning_rate": 1e-5, "beta": 0.04, "num_iterations": 2}
     options |= {

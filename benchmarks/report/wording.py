@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from records import OURS, STEP, Contest, Record
+from benchmarks.report.records import OURS, STEP, Contest, Record
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 NONE = "-"
+LEVELS = {
+    "linear": "the loss from hidden states and the lm_head",
+    "logits": "the loss from logits",
+    "logprob": "log-probs from hidden states and the lm_head",
+    STEP: "a whole optimizer step",
+}
 
 
 def plural(count: int, noun: str) -> str:

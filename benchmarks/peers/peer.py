@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from cases import Batch, Case
 from torch import Tensor
+
+from benchmarks.cases import Batch, Case
 
 IGNORED = -100
 
@@ -38,6 +39,16 @@ def no_compiler(case: Case, level: str, device: torch.device) -> str | None:
     if device.type == "cpu" and not any(shutil.which(name) for name in names):
         return f"torch.compile needs a C++ compiler on a CPU, and there is no {' or '.join(names)}."
     return None
+
+
+def cuda_only(case: Case, level: str, device: torch.device) -> str | None:
+    """Refuses every device but a GPU."""
+    return None if device.type == "cuda" else "Its kernels are Triton and need a GPU."
+
+
+def unavailable(case: Case) -> Callable:
+    """Stands for a function that `Peer.refuses` never lets anyone build."""
+    raise NotImplementedError("listed with its reason only")
 
 
 @dataclass(frozen=True)

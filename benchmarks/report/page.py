@@ -1,7 +1,8 @@
-"""Result files -> a Markdown page and charts for each, and the benchmark block of README.md.
+"""Result files -> a Markdown page and charts for each, and the results of README.md and docs/.
 
-`python benchmarks/report.py [FILES...] [--readme]`: without FILES every file of benchmarks/results;
-page and charts stand beside their file. --readme also writes README.md, from the committed files.
+`python -m benchmarks.report [FILES...] [--readme]`: without FILES every file of benchmarks/results;
+page and charts stand beside their file. --readme also writes the rows of README.md and the tables
+of docs/benchmarks.md, from the committed files.
 """
 
 from __future__ import annotations
@@ -11,10 +12,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import fits
-from readme import README, RESULTS, committed, readme_block, replaced
-from records import OURS, STEP, Contest, Record, Result, floor_of, head, positions, read
-from wording import (
+from benchmarks.report import fits
+from benchmarks.report.readme import BLOCKS, RESULTS, committed, replaced
+from benchmarks.report.records import (
+    OURS,
+    STEP,
+    Contest,
+    Record,
+    Result,
+    floor_of,
+    head,
+    positions,
+    read,
+)
+from benchmarks.report.wording import (
+    LEVELS,
     MIB,
     NONE,
     memory_verdict,
@@ -27,12 +39,6 @@ from wording import (
     where,
 )
 
-LEVELS = {
-    "linear": "the loss from hidden states and the lm_head",
-    "logits": "the loss from logits",
-    "logprob": "log-probs from hidden states and the lm_head",
-    STEP: "a whole optimizer step",
-}
 HOW_TO_READ = f"""\
 - Median and interquartile range (IQR) of the rounds. The contestants of a case ran in turn, round
   by round, on the same tensors.
@@ -216,8 +222,8 @@ def page(result: Result, charts: dict[str, Path]) -> str:
 def write(path: Path) -> list[Path]:
     """The report and the charts of a result file, beside it; returns what was written."""
     result = read(path)
-    # only here: the README's table needs no matplotlib
-    from charts import draw
+    # only here: the tables of the pages need no matplotlib
+    from benchmarks.report.charts import draw
 
     charts = draw(result, where(path), path.parent, path.stem)
     target = path.with_suffix(".md")
@@ -228,7 +234,9 @@ def write(path: Path) -> list[Path]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="FILES", help="result files")
-    parser.add_argument("--readme", action="store_true", help="also write README.md's block")
+    parser.add_argument(
+        "--readme", action="store_true", help="also write README.md and docs/benchmarks.md"
+    )
     given = parser.parse_args(arguments)
     files = given.files or sorted(RESULTS.glob("*.json"))
     if not files and not given.readme:
@@ -237,10 +245,11 @@ def main(arguments: list[str] | None = None) -> None:
         for path in files:
             print("\n".join(where(p) for p in write(path)))
         if given.readme:
-            block = readme_block([read(path) for path in committed()])
-            text = README.read_text(encoding="utf-8")
-            README.write_text(replaced(text, block), encoding="utf-8")
-            print("README.md")
+            results = [read(path) for path in committed()]
+            for block in BLOCKS:
+                text = block.page.read_text(encoding="utf-8")
+                block.page.write_text(replaced(text, block, results), encoding="utf-8")
+                print(where(block.page))
     # Boundary: a file that cannot be used is the user's to mend, no traceback helps.
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from step_cases import CASES, StepCase, Text, sample, smollm2
 from torch import nn
 from transformers import PrinterCallback
-from turns import Stepped, Turns
 
+from benchmarks.measure.turns import Stepped, Turns
+from benchmarks.step_cases import CASES, StepCase, Text, sample, smollm2
 from grpo_fast.models.loading import load_policy, load_processing
 from grpo_fast.rollout.rollouts import Rollouts
 

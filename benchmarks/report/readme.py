@@ -1,4 +1,4 @@
-"""The benchmark block of README.md, from the committed result files."""
+"""What README.md and docs/benchmarks.md say of the committed result files."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ import subprocess
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
-import fits
-from records import OURS, STEP, Contest, Record, Result, head, positions
-from wording import MIB, NONE, ROOT, number, plural, table, where
+from benchmarks.report import fits
+from benchmarks.report.records import OURS, STEP, Contest, Record, Result, head, positions
+from benchmarks.report.wording import LEVELS, MIB, NONE, ROOT, number, plural, table, where
 
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
-MARKS = (
-    "<!-- benchmarks: written by benchmarks/report.py from committed results; do not edit -->",
-    "<!-- end of benchmarks -->",
-)
 # What people use today; they have columns of their own.
 USUAL = ("torch", "TRL", "Liger")
 COST, PEAK = attrgetter("cost"), attrgetter("peak")
+# The rows of README.md: level and case. Kept whoever wins them.
+FRONT = (
+    (STEP, "smollm2-step-rollout"),
+    ("linear", "qwen3-0.6b-rollout"),
+    ("logits", "smollm2-logits"),
+    ("logprob", "smollm2-logprob"),
+)
+# how result files name a pass forward and backward
+BOTH = "forward+backward"
+NO_GPU = "No result file of a GPU is committed: **no GPU figure exists yet.**"
+
+
+class Block(NamedTuple):
+    """A part of a page that is written from the result files."""
+
+    page: Path
+    marks: tuple[str, str]
+    text: Callable[[list[Result]], str]
 
 
 def committed() -> list[Path]:
@@ -54,20 +68,29 @@ def _first(contest: Contest, value: Callable[[Record], float | None]) -> str:
     return f"{least.peer} {_over(contest, least, value)}"
 
 
-def _row(contest: Contest) -> list[str]:
+def _speed(contest: Contest) -> str:
+    """Our time, or tokens per second, and our peak memory."""
     ours = contest.ours
     speed = f"{number(ours.median * 1e3)} ms"
     if contest.level == STEP:
         speed = f"{number(ours.tokens / ours.median)} tokens/s"
     if ours.peak is not None:
         speed += f", {number(ours.peak / MIB)} MiB"
+    return speed if ours.exact else f"{speed} (inexact)"
+
+
+def _shape(contest: Contest) -> str:
     n = positions(contest.case)
     shape = ([] if n is None else [f"N {n}"]) + [head(contest.case)]
+    return ", ".join(part for part in shape if part)
+
+
+def _row(contest: Contest) -> list[str]:
     forward = " (forward only)" if contest.direction == "forward" else ""
     row = [
         f"{contest.level} {contest.case['name']}{forward}",
-        ", ".join(part for part in shape if part),
-        speed if ours.exact else f"{speed} (inexact)",
+        _shape(contest),
+        _speed(contest),
         _first(contest, COST),
         _first(contest, PEAK),
     ]
@@ -92,20 +115,20 @@ def _block(result: Result) -> list[str]:
     lines = [
         f"**{result.machine['device_name']}**, {threads}, torch {versions.get('torch', NONE)},"
         f" {result.date[:10]}, commit {result.commit[:10]}{state}. Every number of this table is"
-        f" from [`{source}`]({source}); all contestants, errors, spreads, charts and who could not"
-        f" run are in its [report]({report}).",
+        f" from [`{source}`](../{source}); all contestants, errors, spreads, charts and who could"
+        f" not run are in its [report](../{report}).",
         "",
         *table(header, map(_row, rows)),
         "",
-        *fits.readme_lines(result, USUAL),
+        *fits.page_lines(result, USUAL),
     ]
     if left := len(shown) - len(rows):
         lines += [f"Also in the report, none lost: {plural(left, 'case')} of a forward pass.", ""]
     return lines
 
 
-def readme_block(results: list[Result]) -> str:
-    """What stands between the two marks of README.md."""
+def tables(results: list[Result]) -> str:
+    """The tables of docs/benchmarks.md: every case."""
     if not results:
         return (
             "No result file is committed: this repository claims no speed and no memory figure,"
@@ -117,20 +140,79 @@ def readme_block(results: list[Result]) -> str:
         " gradients) over ours: below 1, in **bold**, they beat us. Fastest and smallest are chosen"
         " among the contestants whose result is right."
     ]
-    if all(result.machine["device"] == "cpu" for result in results):
-        lines += ["", "No result file of a GPU is committed: **no GPU figure exists yet.**"]
+    if _no_gpu(results):
+        lines += ["", NO_GPU]
     return "\n".join(lines)
 
 
-def replaced(text: str, block: str) -> str:
-    """The text of a README with this block between the marks.
+def _no_gpu(results: list[Result]) -> bool:
+    return all(result.machine["device"] == "cpu" for result in results)
+
+
+def front(results: list[Result]) -> str:
+    """The rows of README.md, and how many cases are won and lost in all."""
+    timed = [(result, c) for result in results for c in result.contests if c.ours is not None]
+    rows = [
+        (
+            LEVELS[c.level],
+            _shape(c),
+            _speed(c),
+            _first(c, COST),
+            _first(c, PEAK),
+            f"[{result.machine['device_name']}, {result.date[:10]}]"
+            f"({where(result.path.with_suffix('.md'))})",
+        )
+        for level, name in FRONT
+        for result, c in timed
+        if (c.level, c.case["name"], c.direction) in ((level, name, ""), (level, name, BOTH))
+    ]
+    if not rows:
+        return "No result file is committed: no speed and no memory figure is claimed here."
+    header = ("what", "shape", OURS, "fastest other", "smallest other", "measured on")
+    won = sum(c.won for _, c in timed)
+    lost = sum(c.lost for _, c in timed)
+    smaller = sum(c.smaller is not None for _, c in timed)
+    lines = [
+        *table(header, rows),
+        "",
+        "Another library's time over ours, and its peak memory over ours: below 1, in **bold**, it"
+        f" beats us. Of {plural(len(timed), 'timed case')} {OURS} is the fastest in {won} and"
+        f" is beaten in {lost}; in {smaller} another needs less memory. Every case, every"
+        " contestant and how to measure again: [docs/benchmarks.md](docs/benchmarks.md).",
+    ]
+    return "\n".join(lines + (["", NO_GPU] if _no_gpu(results) else []))
+
+
+BLOCKS = (
+    Block(
+        ROOT / "README.md",
+        (
+            "<!-- results: written by `python -m benchmarks.report --readme`; do not edit -->",
+            "<!-- end of results -->",
+        ),
+        front,
+    ),
+    Block(
+        ROOT / "docs" / "benchmarks.md",
+        (
+            "<!-- benchmarks: written by `python -m benchmarks.report --readme`; do not edit -->",
+            "<!-- end of benchmarks -->",
+        ),
+        tables,
+    ),
+)
+
+
+def replaced(text: str, block: Block, results: list[Result]) -> str:
+    """The text of a page with what the results say between the block's marks.
 
     Raises:
         ValueError: there are not exactly two marks, in their order.
     """
-    if [text.count(mark) for mark in MARKS] != [1, 1] or text.index(MARKS[0]) > text.index(
-        MARKS[1]
-    ):
-        raise ValueError(f"README.md: expected the two lines {MARKS[0]} and {MARKS[1]}, once each")
-    before, rest = text.split(MARKS[0])
-    return f"{before}{MARKS[0]}\n{block}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    start, end = block.marks
+    if [text.count(mark) for mark in block.marks] != [1, 1] or text.index(start) > text.index(end):
+        raise ValueError(
+            f"{where(block.page)}: expected the two lines {start} and {end}, once each"
+        )
+    before, rest = text.split(start)
+    return f"{before}{start}\n{block.text(results)}\n{end}{rest.split(end)[1]}"

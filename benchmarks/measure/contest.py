@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-import timing
 import torch
-from cases import Batch, Case, make, tokens
-from peers import PEERS, LogitsBatch, Peer, reason, version
 from torch import Tensor
+
+from benchmarks.cases import Batch, Case, make, tokens
+from benchmarks.measure import timing
+from benchmarks.peers import PEERS, LogitsBatch, Peer, reason, version
 
 PASSES = {
     "linear": ("forward", "forward+backward"),

@@ -1,19 +1,16 @@
-"""All contestants: grpo_fast, plain torch, and the other libraries of peers_packages.py.
-
-Nothing of another library is imported before its contestant is built. One that cannot run stays
-in `PEERS`, and `reason` says in a sentence why.
-"""
+"""Plain torch: eager, compiled, and its own linear cross-entropy."""
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cases import Batch, Case, tokens
-from peer import (
+from torch import Tensor
+
+from benchmarks.cases import Batch, Case
+from benchmarks.peers.peer import (
     IGNORED,
     LogitsBatch,
     Peer,
@@ -21,55 +18,7 @@ from peer import (
     labels,
     no_compiler,
     on_logp,
-    torch_loss,
 )
-from peers_packages import PACKAGES
-from torch import Tensor
-
-from grpo_fast import __version__, linear_logprob, linear_policy_loss, policy_loss
-
-__all__ = ["PEERS", "LogitsBatch", "Peer", "reason", "torch_loss", "version"]
-
-
-def _ours_linear(case: Case, skip: bool = False) -> Callable[[Batch], Tensor]:
-    config = case.config
-
-    def run(batch: Batch) -> Tensor:
-        given = {"mask": batch.mask, "old_logp": batch.old_logp, "ref_logp": batch.ref_logp}
-        return linear_policy_loss(
-            batch.hidden,
-            batch.weight,
-            batch.ids,
-            batch.advantages,
-            config=config,
-            skip_inactive_forward=skip,
-            **given,
-        )[0]
-
-    return run
-
-
-def _nothing_to_skip(case: Case, level: str, device: torch.device) -> str | None:
-    every, active = tokens(case)
-    if case.beta or every == active:
-        return "Every row of this case has a gradient: there is none to skip."
-    return None
-
-
-def _ours_logits(case: Case) -> Callable[[LogitsBatch], tuple[Tensor, Tensor]]:
-    config = case.config
-
-    def run(batch: LogitsBatch) -> tuple[Tensor, Tensor]:
-        leaf = batch.logits[:, :-1].detach().requires_grad_()
-        given = {"mask": batch.mask, "old_logp": batch.old_logp, "ref_logp": batch.ref_logp}
-        loss, _ = policy_loss(leaf, batch.ids, batch.advantages, config=config, **given)
-        return loss, leaf
-
-    return run
-
-
-def _ours_logprob(case: Case) -> Callable[[Batch], Tensor]:
-    return lambda batch: linear_logprob(batch.hidden, batch.weight, batch.ids, mask=batch.mask).logp
 
 
 def _eager(function: Callable) -> Callable:
@@ -147,20 +96,7 @@ def _torch_lce_missing(case: Case, level: str, device: torch.device) -> str | No
     return f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 brought it."
 
 
-PEERS: tuple[Peer, ...] = (
-    Peer(
-        "grpo_fast",
-        "grpo_fast",
-        "linear_policy_loss, policy_loss (not in place), linear_logprob; defaults",
-        {"linear": _ours_linear, "logits": _ours_logits, "logprob": _ours_logprob},
-    ),
-    Peer(
-        "grpo_fast, active rows",
-        "grpo_fast",
-        "linear_policy_loss(skip_inactive_forward=True): no metrics of rows that cannot contribute",
-        {"linear": functools.partial(_ours_linear, skip=True)},
-        _nothing_to_skip,
-    ),
+CONTESTANTS: tuple[Peer, ...] = (
     Peer(
         "torch",
         "torch",
@@ -182,31 +118,4 @@ PEERS: tuple[Peer, ...] = (
         on_logp(_torch_lce),
         _torch_lce_missing,
     ),
-    *PACKAGES,
 )
-
-
-def reason(peer: Peer, case: Case, level: str, device: torch.device | str) -> str | None:
-    """Why `peer` cannot run this, in a sentence; None when it can."""
-    if level not in peer.build:
-        return f"{peer.name} offers nothing for the level {level!r}."
-    refusal = peer.refuses(case, level, torch.device(device))
-    if refusal is not None:
-        return refusal
-    try:
-        peer.build[level](case)
-    # The boundary to packages that are optional: a missing one is a line in a table, no failure.
-    except ImportError as error:
-        return f"{peer.package} cannot be imported: {str(error).rstrip('.')}."
-    return None
-
-
-def version(peer: Peer) -> str | None:
-    """The installed version of the contestant's package, None when there is none."""
-    # A checkout on the path has no metadata.
-    if peer.package == "grpo_fast":
-        return __version__
-    try:
-        return importlib.metadata.version(peer.package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from records import OURS, STEP, Contest, Record, Result, head, positions
+
+from benchmarks.report.records import OURS, STEP, Contest, Record, Result, head, positions
 
 # Okabe and Ito's colours, which the colour-blind tell apart, without the yellow that white
 # swallows; the marker says the same a second time.

@@ -30,11 +30,12 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import timing
 import torch
-from cases import Batch, Case
-from fit_cases import FIT_CASES, FitCase, Model
-from peers import PEERS, Peer, reason, version
+
+from benchmarks.cases import Batch, Case
+from benchmarks.fit_cases import FIT_CASES, FitCase, Model
+from benchmarks.measure import timing
+from benchmarks.peers import PEERS, Peer, reason, version
 
 __all__ = ["FIT_CASES", "LEVEL", "PASSES", "FitCase", "Model", "footprint", "measure"]
 

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import timing
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from benchmarks.measure import timing
 from grpo_fast.engine.chunks import release_workspace
 
 

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from cases import Batch, Case, tokens
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.cases import Batch, Case, tokens
 from grpo_fast import reference
 from grpo_fast.engine.chunks import release_workspace
 

@@ -1,4 +1,4 @@
-"""The least time each case of a set can take: `python benchmarks/floors.py --cases gpu`.
+"""The least time each case of a set can take: `python -m benchmarks.measure.floors`.
 
 Needs no GPU. The floor is the arithmetic (or, from logits, the traffic) that the result cannot do
 without, at the rates that are given (bf16 by default); nothing is measured here.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-from cases import CASES, tokens
-from measure import passes
-from timing import floor_bytes, floor_flops
+from benchmarks.cases import CASES, tokens
+from benchmarks.measure.contest import passes
+from benchmarks.measure.timing import floor_bytes, floor_flops
 
 
 def table(name: str, tflops: float, terabytes: float) -> str:

@@ -1,11 +1,11 @@
-"""Level fit in the report and in README.md: how much fits in a given memory, and who fits more."""
+"""Level fit in reports and docs/benchmarks.md: what fits in a given memory, and who fits more."""
 
 from __future__ import annotations
 
 from operator import attrgetter
 
-from records import OURS, Contest, Record, Result, head, positions
-from wording import MIB, NONE, number, plural, table
+from benchmarks.report.records import OURS, Contest, Record, Result, head, positions
+from benchmarks.report.wording import MIB, NONE, number, plural, table
 
 INTRODUCTION = """\
 Counted are the inputs of one loss step (hidden states, lm_head, ids, mask, advantages), the
@@ -165,8 +165,8 @@ def summary(result: Result) -> list[str]:
     return lines
 
 
-def readme_lines(result: Result, usual: tuple[str, ...]) -> list[str]:
-    """The table of README.md on this level; `usual` contestants have columns of their own."""
+def page_lines(result: Result, usual: tuple[str, ...]) -> list[str]:
+    """The table of docs/benchmarks.md; `usual` contestants have columns of their own."""
     asked = [c for c in result.fits if c.ours is not None]
     if not asked:
         return []

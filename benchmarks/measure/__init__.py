@@ -1,0 +1,1 @@
+"""How a case is measured: correctness first, then time in turns, memory, and what fits."""

@@ -1,0 +1,1 @@
+"""From result files to pages, charts and the tables of README.md and docs/benchmarks.md."""
