@@ -30,7 +30,7 @@ from .reporting import (
     add_rollouts,
     loss_metrics,
 )
-from .rewards import RewardSet, weighted
+from .rewards import RewardSet, decoupled_advantages, weighted
 from .rollout import Rollouts, generate
 from .sampler import check_prompts, column_names, is_conversational
 from .trainer_config import GRPOConfig
@@ -86,10 +86,19 @@ class GRPOTrainer(RolloutTrainer):
         tokenizer = tokenizer_of(model, processing_class, args)
         init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "gguf_file"}
         self.rewards = RewardSet(
-            reward_funcs, reward_processing_classes, args.reward_weights, args.device, init_kwargs
+            reward_funcs,
+            reward_processing_classes,
+            args.reward_weights,
+            args.device,
+            init_kwargs,
+            timeout=args.reward_timeout,
+            max_completion_length=args.max_completion_length,
         )
         for dataset in datasets.values():
-            self.rewards.check_columns(column_names(dataset))
+            columns = column_names(dataset)
+            self.rewards.check_columns(columns)
+            if "rewards" in columns:
+                self.rewards.check_routes(row["rewards"] for row in dataset)
         # an adapter starts from random weights
         set_seed(args.seed)
         model = policy_of(model, args, peft_config)
@@ -180,6 +189,9 @@ class GRPOTrainer(RolloutTrainer):
     def advantages(self, rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
         """Stage 3: rewards (B, K) of all ranks -> advantages (B,) and weighted rewards (P, G)."""
         total = weighted(rewards, self.rewards.weights).view(-1, num_generations)
+        if self.args.multi_objective_aggregation == "normalize_then_sum":
+            weights = self.rewards.weights
+            return decoupled_advantages(rewards, weights, num_generations), total
         name, options = self.args.estimator
         return advantages_of(name, total, **options).flatten(), total
 

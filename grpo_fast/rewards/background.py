@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from typing import Any
 
-from .calls import Call
+from .calls import Call, interrupt_thread
 from .containment import CALL
 from .places import stack_frames, waiting_frames
 
@@ -26,7 +26,7 @@ class Background:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(_DaemonThreads(_THREADS))
+        self._loop.set_default_executor(DaemonThreads(_THREADS))
         closing = threading.Event()
         self._thread = threading.Thread(
             target=_run, args=(self._loop, closing), name="rewards", daemon=True
@@ -66,7 +66,11 @@ class Pending:
         while True:
             passed = time.monotonic() - self._began
             if passed >= timeout:
-                raise call.overdue(timeout, self._frames()) from None
+                frames = self._frames()
+                # one that computes, instead of waiting, would go on beside the run
+                if self._runs():
+                    interrupt_thread(self._thread.ident)
+                raise call.overdue(timeout, frames) from None
             try:
                 value, error = self.future.result(min(notice, timeout) - passed)
                 break
@@ -93,14 +97,16 @@ class Pending:
             if os.getpid() != process:
                 os._exit(0)
 
+    def _runs(self) -> bool:
+        return self._task is not None and asyncio.tasks.current_task(self._loop) is self._task
+
     def _frames(self) -> list[tuple[str, int]]:
         task = self._task
         if task is None:
             return []
         stack = stack_frames(sys._current_frames().get(self._thread.ident), __file__)
         # a task that blocks the loop is on the thread's stack, another one waits in its coroutines
-        running = asyncio.tasks.current_task(self._loop) is task
-        frames = stack if running else waiting_frames(task.get_coro())
+        frames = stack if self._runs() else waiting_frames(task.get_coro())
         return [frame for frame in frames if frame[0] != __file__]
 
 
@@ -119,7 +125,7 @@ def _close(loop: asyncio.AbstractEventLoop, closing: threading.Event) -> None:
     loop.call_soon_threadsafe(loop.stop)
 
 
-class _DaemonThreads(ThreadPoolExecutor):
+class DaemonThreads(ThreadPoolExecutor):
     """Python joins the threads of its own pools at exit: one that hangs would hang the exit."""
 
     def __init__(self, workers: int) -> None:

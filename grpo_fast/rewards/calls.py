@@ -52,8 +52,12 @@ class Call:
                 f"reward function {self.name!r} called sys.exit({error.code!r}){at}: expected one "
                 "number or None for each completion."
             )
-        text = " ".join(str(error).split())[:500]
         kind = type(error).__name__
+        try:
+            text = " ".join(str(error)[:10_000].split())[:500]
+        # a __str__ of the user's
+        except Exception:
+            text = "its text cannot be shown"
         return ValueError(f"reward function {self.name!r} raised {kind}: {text}{at}")
 
     def overdue(self, seconds: float, frames: list[tuple[str, int]]) -> ValueError:
@@ -102,7 +106,7 @@ def contained(call: Call, function: Callable[[], Any]) -> Any:
     try:
         with restored(), _Watch(call):
             return function()
-    except _Overdue as stop:
+    except Overdue as stop:
         raise call.overdue(call.timeout or 0.0, stop.frames) from None
     except KeyboardInterrupt:
         raise
@@ -115,12 +119,17 @@ def contained(call: Call, function: Callable[[], Any]) -> Any:
         CALL.reset(token)
 
 
-class _Overdue(BaseException):
+class Overdue(BaseException):
     """Raised inside a function that is out of time; no `except Exception` stops it."""
 
     def __init__(self, frames: list[tuple[str, int]] | None = None) -> None:
         super().__init__("out of time")
         self.frames = frames or []
+
+
+def interrupt_thread(ident: int) -> None:
+    """Raise `Overdue` at the next byte code of a thread that is not the main one."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(Overdue))
 
 
 class _Watch:
@@ -189,13 +198,11 @@ class _Watch:
         if self._signals:
             signal.pthread_kill(self._ident, _SIGNAL)
         elif self._active:
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                ctypes.c_ulong(self._ident), ctypes.py_object(_Overdue)
-            )
+            interrupt_thread(self._ident)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._active:
-            raise _Overdue(stack_frames(frame, __file__))
+            raise Overdue(stack_frames(frame, __file__))
 
 
 def _below(traceback: TracebackType | None) -> list[tuple[str, int]]:

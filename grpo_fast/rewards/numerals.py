@@ -19,6 +19,7 @@ _FRACTION = re.compile(r"([+-]?)\\[dtc]?frac\{(-?[\d.,]{1,400})\}\{(-?[\d.,]{1,4
 _SHORT_FRACTION = re.compile(r"([+-]?)\\[dtc]?frac(\d)(\d)")
 # what may stand between an equals sign and its number
 _BEFORE = re.compile(r"^[\s$({\\]+")
+_SPACED = re.compile(r"\s{0,9}([/{}]|^[+-])\s{0,9}")
 # what surrounds a number without changing it
 _AROUND = ("\\left", "\\right", "\\!", "\\,", "\\;", "\\ ", "\\$", "$", "\\(", "\\)", "\\[", "\\]")
 
@@ -35,7 +36,8 @@ def parse_number(text: str) -> Fraction | None:
         return None
     for mark in _AROUND:
         text = text.replace(mark, "")
-    text = text.replace("\u2212", "-").replace(" ", "").removesuffix(".")
+    # a space inside a number separates two
+    text = _SPACED.sub(r"\1", text.replace("\u2212", "-").strip()).removesuffix(".")
     match = _FRACTION.fullmatch(text) or _SHORT_FRACTION.fullmatch(text)
     if match:
         return _ratio(match[1], _plain(match[2]), _plain(match[3]))

@@ -64,7 +64,8 @@ def final_answer(text: str, tag: str = "answer") -> str | None:
     r"""The answer of a completion, or None.
 
     In this order: what stands in the only `<answer>` pair (several of them are no answer); the last
-    `\boxed{}`; the line after the last `####`. A `</think>` ends the reasoning: what stands before
+    `\boxed{}`, together with those right before it (`\boxed{1}, \boxed{2}` has two parts); the line
+    after the last `####`. A `</think>` ends the reasoning: what stands before
     it is not looked at. Without any of these the whole text after the reasoning is the answer.
     """
     text = text.rpartition("</think>")[2]
@@ -77,28 +78,65 @@ def final_answer(text: str, tag: str = "answer") -> str | None:
         text = content
         if not found:
             return None
-    inner = last_boxed(text)
-    if inner is not None:
-        return inner.strip()
+    boxes = last_boxes(text)
+    if boxes is not None:
+        return boxes.strip()
     if "####" in text:
         lines = text.rpartition("####")[2].strip().splitlines()
         return lines[0].strip() if lines else ""
     return text.strip()
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` or `\fbox{...}` whose braces are balanced."""
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    if start < 0:
-        return None
-    begin = text.index("{", start) + 1
-    depth = 1
+def last_boxes(text: str) -> str | None:
+    r"""The content of the last `\boxed{...}` or `\fbox{...}` whose braces are balanced.
+
+    When further ones stand right before it, with at most 40 characters of one line between them, it
+    is all of them with commas: `\boxed{1}, \boxed{2}`.
+    """
     # an answer has a limit, so the scan has one
+    offset = max(0, len(text) - 5 * ANSWER_LIMIT)
+    found = [(start, *_braces(text, end)) for start, end in _box_starts(text, offset)]
+    boxes = [(start, begin, end) for start, begin, end in found if end >= 0]
+    if not boxes:
+        return None
+    first = len(boxes) - 1
+    while first > 0:
+        gap = text[boxes[first - 1][2] + 1 : boxes[first][0]]
+        if len(gap) > _GAP or "\n" in gap:
+            break
+        first -= 1
+    contents = [text[begin:end] for _, begin, end in boxes[first:]]
+    if len(contents) == 1:
+        return contents[0]
+    return ", ".join(f"\\boxed{{{content}}}" for content in contents)
+
+
+_GAP = 40
+# more boxes than an answer has parts are not read
+_BOXES = 64
+
+
+def _box_starts(text: str, offset: int) -> list[tuple[int, int]]:
+    """(start, end) of the last openings of boxes, in order."""
+    starts = []
+    for name in ("\\boxed{", "\\fbox{"):
+        position = len(text)
+        while len(starts) < _BOXES:
+            position = text.rfind(name, offset, position)
+            if position < 0:
+                break
+            starts.append((position, position + len(name)))
+    return sorted(starts)
+
+
+def _braces(text: str, begin: int) -> tuple[int, int]:
+    """Where the content of a brace that opened before `begin` begins and ends; end -1: nowhere."""
+    depth = 1
     for position in range(begin, min(len(text), begin + ANSWER_LIMIT)):
         if text[position] == "{":
             depth += 1
         elif text[position] == "}":
             depth -= 1
             if not depth:
-                return text[begin:position]
-    return None
+                return begin, position
+    return begin, -1
