@@ -117,6 +117,9 @@ def _run(loop: asyncio.AbstractEventLoop, closing: threading.Event) -> None:
         # a task of the user's that exits ends run_forever; whoever awaits it gets the exit as well
         except BaseException:
             continue
+    for task in asyncio.all_tasks(loop):
+        # it hung, which has been said; asyncio would say that it is destroyed
+        task._log_destroy_pending = False
     loop.close()
 
 

@@ -17,7 +17,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from .containment import CALL, Output, restored
-from .places import definition, last_user_line, stack_frames, traceback_frames
+from .places import definition, last_user_line, stack_frames, traceback_frames, user_frames
 from .worker import Reported
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,9 @@ NOTICE = 60.0
 
 # Nobody uses it, and it does nothing to a process without a handler. It ends a sleep or a read.
 _SIGNAL = getattr(signal, "SIGURG", None)
+# Of a timer of CPU seconds: it comes from the kernel, so that it reaches a loop in C that holds the
+# interpreter's lock and looks at signals, as a regular expression does, when no thread of ours can.
+_TIMER = getattr(signal, "SIGVTALRM", None)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Call:
         """The error to report for an exception that came out of the function."""
         if isinstance(error, Reported):
             return ValueError(f"reward function {self.name!r} {error}")
-        place = last_user_line(_below(error.__traceback__), self.function)
+        place = last_user_line(_origin(error, self.function), self.function)
         at = f" ({place})" if place else ""
         if isinstance(error, SystemExit):
             return ValueError(
@@ -101,11 +104,10 @@ def contained(call: Call, function: Callable[[], Any]) -> Any:
             included, and when it did not return in time.
         KeyboardInterrupt: Ctrl-C is the user's.
     """
-    process = os.getpid()
     token = CALL.set(call.output())
     try:
         with restored(), _Watch(call):
-            return function()
+            return _in_one_process(function)
     except Overdue as stop:
         raise call.overdue(call.timeout or 0.0, stop.frames) from None
     except KeyboardInterrupt:
@@ -114,9 +116,17 @@ def contained(call: Call, function: Callable[[], Any]) -> Any:
     except BaseException as error:
         raise call.raised(error) from error
     finally:
+        CALL.reset(token)
+
+
+def _in_one_process(function: Callable[[], Any]) -> Any:
+    process = os.getpid()
+    try:
+        return function()
+    finally:
+        # before anything else: locks that another thread held at the fork stay locked in the child
         if os.getpid() != process:
             os._exit(0)
-        CALL.reset(token)
 
 
 class Overdue(BaseException):
@@ -135,10 +145,10 @@ def interrupt_thread(ident: int) -> None:
 class _Watch:
     """Notices while a function runs in this thread, then an exception inside it.
 
-    In the main thread the exception is raised by a signal, which ends sleeps, reads and joins too.
-    In another thread it waits for the next byte code. What can be ended by neither, a loop in C
-    that holds the interpreter's lock, ends the process after a further while: a run that hangs
-    holds its machines until somebody looks.
+    In the main thread the exception is raised by a signal, which ends sleeps, reads, joins and
+    regular expressions too. In another thread it waits for the next byte code. What can be ended by
+    neither, a loop in C that holds the interpreter's lock, ends the process after a further while:
+    a run that hangs holds its machines until somebody looks.
     """
 
     def __init__(self, call: Call) -> None:
@@ -147,12 +157,15 @@ class _Watch:
         self._active = False
         self._ident = threading.get_ident()
         main = threading.current_thread() is threading.main_thread()
-        self._signals = main and _SIGNAL is not None
-        self._previous: Any = None
+        self._signals = main and _SIGNAL is not None and call.timeout is not None
+        self._previous: list[Any] = []
+        self._began = time.monotonic()
 
     def __enter__(self) -> _Watch:
-        if self._signals and self._call.timeout is not None:
-            self._previous = signal.signal(_SIGNAL, self._on_signal)
+        if self._signals:
+            self._previous = [signal.signal(n, self._on_signal) for n in (_SIGNAL, _TIMER)]
+            # once more each second, since CPU seconds of several threads pass faster than the clock
+            signal.setitimer(signal.ITIMER_VIRTUAL, self._call.timeout, 1.0)
         self._last_resort()
         self._active = True
         threading.Thread(target=self._watch, name="reward-watch", daemon=True).start()
@@ -165,8 +178,10 @@ class _Watch:
         self._done.set()
         if self._call.timeout is not None:
             faulthandler.cancel_dump_traceback_later()
-            if self._signals:
-                signal.signal(_SIGNAL, self._previous or signal.SIG_DFL)
+        if self._signals:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+            for number, handler in zip((_SIGNAL, _TIMER), self._previous, strict=True):
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _last_resort(self) -> None:
         if self._call.timeout is None:
@@ -177,7 +192,7 @@ class _Watch:
             faulthandler.dump_traceback_later(later, exit=True, file=sys.__stderr__)
 
     def _watch(self) -> None:
-        call, began = self._call, time.monotonic()
+        call, began = self._call, self._began
         notice, timeout = call.notice, float("inf") if call.timeout is None else call.timeout
         while not self._done.wait(max(0.0, min(notice, timeout) - (time.monotonic() - began))):
             passed = time.monotonic() - began
@@ -201,8 +216,20 @@ class _Watch:
             interrupt_thread(self._ident)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._active:
+        late = time.monotonic() - self._began >= (self._call.timeout or 0.0)
+        if self._active and late:
             raise Overdue(stack_frames(frame, __file__))
+
+
+def _origin(error: BaseException, function: Callable[..., Any]) -> list[tuple[str, int]]:
+    """The frames of an error, or of its cause: a StopIteration in a coroutine leaves no others."""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = user_frames(_below(cause.__traceback__), function)
+        if frames:
+            return frames
+        cause = cause.__cause__
+    return []
 
 
 def _below(traceback: TracebackType | None) -> list[tuple[str, int]]:

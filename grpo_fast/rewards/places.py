@@ -50,10 +50,17 @@ def last_user_line(frames: Iterable[tuple[str, int]], function: Callable[..., An
     Frames of installed packages are passed over, except those of the function's own file. Without
     any the function's definition is named.
     """
+    theirs = user_frames(frames, function)
+    return place(*theirs[-1]) if theirs else definition(function)
+
+
+def user_frames(
+    frames: Iterable[tuple[str, int]], function: Callable[..., Any]
+) -> list[tuple[str, int]]:
+    """Those of the frames that the user wrote; see `last_user_line`."""
     code = code_of(function)
     own = None if code is None else code.co_filename
-    theirs = [frame for frame in frames if frame[0] == own or not _library(frame[0])]
-    return place(*theirs[-1]) if theirs else definition(function)
+    return [frame for frame in frames if frame[0] == own or not _library(frame[0])]
 
 
 def traceback_frames(traceback: TracebackType | None) -> list[tuple[str, int]]:
