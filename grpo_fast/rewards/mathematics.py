@@ -32,6 +32,11 @@ _EXPONENT = re.compile(r"(?:\^|\*\*)\s*[{(]?\s*-?\d{5}")
 _TOWER = re.compile(r"(?:\^|\*\*)[^+=,;]{0,40}?(?:\^|\*\*)[^+=,;]{0,40}?(?:\^|\*\*)")
 _FACTORIAL = re.compile(r"\d{5}\s*[)}]?\s*!|!\s*[)}]?\s*!\s*[)}]?\s*!|(?:binom|choose)\D{0,3}\d{5}")
 _DEPTH = 40
+# a row of dots, dashes or letters is no answer, and math-verify's search is quadratic in it
+_ROW = re.compile(r"([^\w\s{}()\[\]])\1{16}|[a-zA-Z]{40}")
+# characters of an expression, and at the end of running text in which one is looked for: 1,500
+# characters of (x+1)(x+1)... took 1.1 s
+_LONGEST = 400
 # a decimal of so many places may be a rounded fraction, which only math-verify equates with it
 _PLACES = re.compile(r"\.\d{3}")
 # words of running text, not names of LaTeX commands
@@ -50,14 +55,15 @@ def math_reward(
     r"""r = 1 where the final answer is the gold one as mathematics, `partial`, or 0.
 
     The final answer is the content of the only `<answer>` pair, else of the last `\boxed{}`, else
-    the line after `####`, else the text after the reasoning. Two numbers or fractions are compared
-    exactly by ourselves. Everything else goes to math-verify (expressions, sets, intervals,
-    equations, matrices, units) in a process of its own, which is killed after `timeout` CPU seconds
-    for one answer; it uses no signal, so it works in any thread.
+    the line after `####`, else the last 400 characters after the reasoning. Two numbers or
+    fractions are compared exactly by ourselves. Everything else goes to math-verify (expressions, sets,
+    intervals, equations, matrices, units) in a process of its own, which is killed after `timeout`
+    CPU seconds for one answer; it uses no signal, so it works in any thread.
 
-    An answer of more than 2,000 characters is wrong. What has towers of powers, numbers of 300
-    digits or 40 levels of brackets is not handed to a computer algebra system, and is not judged;
-    nor is what takes too long, or a gold answer that math-verify cannot read (None each).
+    An answer of more than 2,000 characters is wrong, and so is a row of dots. An expression of more
+    than 400 characters, with a tower of powers, a number of 300 digits or 40 levels of brackets is
+    not handed to a computer algebra system, and is not judged; nor is what takes too long, or a
+    gold answer that math-verify cannot read (None each).
 
     Args:
         column: dataset column with the gold answers; a row without one (None) is not judged.
@@ -109,17 +115,18 @@ def math_reward(
 def _answer_of(text: str, tag: str) -> str | None:
     """The final answer; of a text without any mark of one, its end."""
     answer = final_answer(text, tag)
-    if answer is None or len(answer) <= ANSWER_LIMIT:
+    if answer is None or len(answer) <= _LONGEST:
         return answer
-    marked = answer != text.rpartition("</think>")[2].strip()
-    return None if marked else answer[-ANSWER_LIMIT:]
+    if answer == text.rpartition("</think>")[2].strip():
+        return answer[-_LONGEST:]
+    return answer if len(answer) <= ANSWER_LIMIT else None
 
 
 def _decide(answer: str | None, gold: str | None) -> bool | None:
     """Whether an answer is right, as far as that shows without computer algebra."""
     if gold is None:
         return None
-    if not answer:
+    if not answer or _ROW.search(answer):
         return False
     equal = equal_numbers(answer, gold)
     return True if equal is None and answer == gold else equal
@@ -140,7 +147,7 @@ def equal_numbers(answer: str, gold: str) -> bool | None:
 
 def is_safe(text: str) -> bool:
     """Whether a computer algebra system may see a text; linear in it."""
-    if len(text) > ANSWER_LIMIT or "\0" in text:
+    if len(text) > _LONGEST or "\0" in text:
         return False
     depth = deepest = 0
     for character in text:
