@@ -56,9 +56,9 @@ def math_reward(
 
     The final answer is the content of the only `<answer>` pair, else of the last `\boxed{}`, else
     the line after `####`, else the last 400 characters after the reasoning. Two numbers or
-    fractions are compared exactly by ourselves. Everything else goes to math-verify (expressions, sets,
-    intervals, equations, matrices, units) in a process of its own, which is killed after `timeout`
-    CPU seconds for one answer; it uses no signal, so it works in any thread.
+    fractions are compared exactly by ourselves. Everything else goes to math-verify (expressions,
+    sets, intervals, equations, matrices, units) in a process of its own, which is killed after
+    `timeout` CPU seconds for one answer; it uses no signal, so it works in any thread.
 
     An answer of more than 2,000 characters is wrong, and so is a row of dots. An expression of more
     than 400 characters, with a tower of powers, a number of 300 digits or 40 levels of brackets is
@@ -201,7 +201,7 @@ class _Equality:
 def _marked(text: str) -> str:
     """The text with a mark that math-verify looks for; running text is left to its own search."""
     marked = any(mark in text for mark in ("$", "\\boxed", "\\(", "\\["))
-    if marked or len(_WORDS.findall(text)) > 2:
+    if marked or len(_WORDS.findall(text)) > 1:
         return text
     return f"\\boxed{{{text}}}"
 

@@ -317,7 +317,9 @@ _MARKERS = (
 )
 
 
-def self_correction_reward(*, reward: bool = False, markers: tuple[str, ...] = _MARKERS) -> Reward:
+def self_correction_reward(
+    *, reward: bool = False, markers: tuple[str, ...] | None = None
+) -> Reward:
     """A measure: how many completions stop and correct themselves.
 
     A completion counts when one of the markers stands in it, before its end. The share is logged as
@@ -326,12 +328,13 @@ def self_correction_reward(*, reward: bool = False, markers: tuple[str, ...] = _
 
     Args:
         reward: return 1 where a completion counts and 0 elsewhere.
-        markers: lower-case phrases.
+        markers: phrases; None takes a list of ours, such as "let me check".
 
     Raises:
         ValueError: for no markers.
     """
-    phrases = tuple(marker.lower() for marker in markers if marker.strip())
+    chosen = _MARKERS if markers is None else markers
+    phrases = tuple(marker.lower() for marker in chosen if marker.strip())
     if not phrases:
         raise ValueError(f"markers: expected phrases, got {markers!r}.")
 
