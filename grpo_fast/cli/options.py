@@ -86,8 +86,9 @@ class ScriptArguments:
     chat: bool = _option(False, "Ask string prompts as a user message in the chat template.")
     reward: list[str] | None = _option(
         None,
-        "module:function, a reward model's checkpoint, or reasoning_gym:TASK; repeat it for "
-        "several. A reasoning_gym dataset brings its own.",
+        "rule:math or another rule (docs/rewards.md), module:function, a reward model's "
+        "checkpoint, or reasoning_gym:TASK; repeat it for several. A reasoning_gym dataset brings "
+        "its own.",
         action="extend",
     )
     lora_r: int | None = _option(None, "Train a LoRA adapter of this rank instead of all weights.")

@@ -92,20 +92,13 @@ def load_rewards(script: ScriptArguments) -> list[Any]:
     Raises:
         ValueError: for a function or a task that cannot be loaded.
     """
-    from grpo_fast.rewards import load_function, reasoning_gym_reward
+    from grpo_fast.rewards import load_reward
 
-    from .options import REASONING_GYM
-
-    rewards = []
-    for spec in script.reward or [script.dataset]:
-        if spec.startswith(REASONING_GYM):
-            rewards.append(reasoning_gym_reward(spec.removeprefix(REASONING_GYM)))
-        # a checkpoint folder may have a colon in its path, a module has none
-        elif ":" in spec and not Path(spec).exists():
-            rewards.append(load_function(spec))
-        else:
-            rewards.append(spec)
-    return rewards
+    # a checkpoint folder may have a colon in its path, a module has none
+    return [
+        load_reward(spec) if ":" in spec and not Path(spec).exists() else spec
+        for spec in script.reward or [script.dataset]
+    ]
 
 
 def _load_rows(script: ScriptArguments, seed: int) -> Dataset:

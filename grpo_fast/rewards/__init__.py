@@ -1,11 +1,20 @@
-"""Rewards: functions, async functions, reward models and reasoning-gym scorers behind one call."""
+"""Rewards: rules, functions, judges, reward models and reasoning-gym scorers behind one call."""
 
-from .protocol import RewardSet, load_function, weighted
+from .combination import decoupled_advantages, normalized_within_groups, weighted
+from .loading import load_function, load_reward
+from .protocol import RewardSet
 from .reasoning import reasoning_gym_dataset, reasoning_gym_reward
+from .rules import RULES
+from .workers import in_worker
 
 __all__ = [
+    "RULES",
     "RewardSet",
+    "decoupled_advantages",
+    "in_worker",
     "load_function",
+    "load_reward",
+    "normalized_within_groups",
     "reasoning_gym_dataset",
     "reasoning_gym_reward",
     "weighted",

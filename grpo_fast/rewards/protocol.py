@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import importlib
 import inspect
 import logging
-import operator
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +14,19 @@ from torch import Tensor
 
 from grpo_fast.checks import nearest
 
-from .checks import check_kinds, check_values, check_weights
+from .background import Background, Pending
+from .calls import NOTICE, TIMEOUT, Call, contained, located
+from .checks import (
+    check_kinds,
+    check_limit,
+    check_token_values,
+    check_values,
+    check_weights,
+)
+from .containment import copied, copied_state, cut_output, restored
+from .loading import PREFIXES, load_reward
+from .notes import Notes
+from .routes import COLUMN, routes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,67 +44,8 @@ RESERVED = (
     "log_extra",
     "log_metric",
 )
-
-
-def weighted(rewards: Tensor, weights: Tensor) -> Tensor:
-    """r_i = sum over k of weights_k * rewards_ik without the NaNs; NaN where all K are NaN.
-
-    Args:
-        rewards: (B, K) floating, NaN = unscorable.
-        weights: (K,) floating.
-
-    Returns:
-        (B,), dtype of `rewards`.
-
-    Raises:
-        ValueError: when the shapes do not fit.
-    """
-    if rewards.dim() != 2 or weights.shape != rewards.shape[1:]:
-        raise ValueError(
-            f"weights: expected shape (K,) for rewards (B, K), got {tuple(weights.shape)} for "
-            f"{tuple(rewards.shape)}."
-        )
-    missing = rewards.isnan()
-    total = torch.where(missing, 0.0, rewards) @ weights.to(rewards)
-    return torch.where(missing.all(1), torch.nan, total)
-
-
-def load_function(spec: str) -> Callable[..., Any]:
-    """The callable that `module:function` names; `module:Class.method` works too.
-
-    Raises:
-        ValueError: for a malformed name, a module that cannot be imported, or an attribute that is
-            missing or no callable.
-    """
-    module_name, separator, attribute = spec.partition(":")
-    if not separator or not module_name or not attribute:
-        raise ValueError(
-            f"reward {spec!r}: expected 'module:function', for example 'rewards:length'."
-        )
-    if module_name.endswith(".py") or "/" in module_name:
-        dotted = module_name.removesuffix(".py").strip("./").replace("/", ".")
-        raise ValueError(
-            f"reward {spec!r}: expected a module name, not a path; write '{dotted}:{attribute}'."
-        )
-    try:
-        module = importlib.import_module(module_name)
-    # any error of the user's own module is reported under the name that asked for it
-    except Exception as error:
-        raise ValueError(
-            f"reward {spec!r}: importing {module_name!r} raised {type(error).__name__}: {error}"
-        ) from error
-    try:
-        function = operator.attrgetter(attribute)(module)
-    except AttributeError as error:
-        names = [name for name, value in vars(module).items() if callable(value) and name[0] != "_"]
-        raise ValueError(
-            f"reward {spec!r}: {module_name!r} has no {attribute!r}; {nearest(attribute, names)}"
-        ) from error
-    if not callable(function):
-        raise ValueError(
-            f"reward {spec!r}: expected a callable, got {type(function).__name__} {function!r}."
-        )
-    return function
+# a keyword for functions that name it, in the trainer: the limit of a completion's tokens
+LENGTH = "max_completion_length"
 
 
 class RewardSet:
@@ -108,14 +56,24 @@ class RewardSet:
     them that its signature takes, and returns one finite number or None (unscorable) for each
     completion. `async def` functions run together on one event loop beside the synchronous ones.
 
+    Each function gets copies of its own. What it does to random generators, grad mode, default
+    dtype, working directory and signal handlers is undone; what it prints is cut; an exit is an
+    error that names it; one that does not return is named, and stopped. A dataset column `rewards`
+    names the functions that judge a row; the others give None.
+
     Args:
-        reward_funcs: one or a list of: a callable; a checkpoint string or a `PreTrainedModel` with
-            one label, read by `RewardModel`.
+        reward_funcs: one or a list of: a callable; a name that `load_reward` knows, such as
+            "rule:math"; a checkpoint string or a `PreTrainedModel` with one label, read by
+            `RewardModel`.
         reward_processing_classes: tokenizer of each reward model (None: loaded from its
             checkpoint), one or a list as long as `reward_funcs`; ignored for callables.
         weights: one finite number per reward; None means 1.0 each.
         device: where reward models are moved; None leaves them where they are.
         init_kwargs: keyword arguments of `from_pretrained` for checkpoint strings.
+        timeout: seconds after which a function is stopped; None: never.
+        notice: seconds after which a notice says that a function has not returned; repeated after
+            twice as long each time.
+        max_completion_length: tokens; given to functions that have a parameter of this name.
 
     Raises:
         ValueError: for no reward, a reward of an unknown kind, or lists of another length.
@@ -128,6 +86,9 @@ class RewardSet:
         weights: Sequence[float] | None = None,
         device: torch.device | str | None = None,
         init_kwargs: dict[str, Any] | None = None,
+        timeout: float | None = TIMEOUT,
+        notice: float = NOTICE,
+        max_completion_length: int | None = None,
     ) -> None:
         rewards = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         if not rewards or rewards == [None]:
@@ -141,14 +102,19 @@ class RewardSet:
             )
         self.weights = check_weights(weights, len(rewards))
         check_kinds(rewards)
+        check_limit("reward_timeout", timeout)
         self._functions = [
             _as_function(reward, tokenizer, device, init_kwargs)
             for reward, tokenizer in zip(rewards, reward_processing_classes, strict=True)
         ]
         self.names = _unique([_name(function) for function in self._functions])
+        self._specs = [getattr(function, "spec", "") for function in self._functions]
         self._signatures = [_Signature(function) for function in self._functions]
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._timeout, self._notice = timeout, notice
+        self._offered = {} if max_completion_length is None else {LENGTH: max_completion_length}
+        self._background: Background | None = None
         self._warned = False
+        self._said: set[str] = set()
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Refuse, before any work, a dataset whose columns do not fit the reward functions.
@@ -162,13 +128,22 @@ class RewardSet:
                 raise ValueError(
                     f"dataset column {column!r}: this name is reserved for reward functions."
                 )
+        known = (*RESERVED, *columns, *self._offered)
         for name, signature in zip(self.names, self._signatures, strict=True):
-            missing = [key for key in signature.required if key not in (*RESERVED, *columns)]
+            missing = [key for key in signature.required if key not in known]
             if missing:
                 raise ValueError(
                     f"reward function {name!r} needs {missing[0]!r}, which is no dataset column; "
                     f"{nearest(missing[0], columns) if columns else 'it has only prompts.'}"
                 )
+
+    def check_routes(self, cells: Iterable[Any]) -> None:
+        """Refuse, before any work, a column `rewards` that names a function there is not.
+
+        Raises:
+            ValueError: naming the row.
+        """
+        routes(cells, self.names, self._specs)
 
     def score(
         self,
@@ -187,79 +162,122 @@ class RewardSet:
             completions: B strings, or B lists of one assistant message.
             completion_ids: B lists of token ids.
             columns: the other dataset columns, each a list of B values.
-            trainer_state: passed on to the functions, as are `log_extra` and `log_metric`.
+            trainer_state: functions get a copy of it.
+            log_extra, log_metric: get what the functions log, when all have returned.
 
         Returns:
             (B, K) float32 on the CPU; NaN where a function returned None.
 
         Raises:
-            ValueError: for lists of unequal lengths; naming the function, for one that raised (the
-                cause is chained), or returned a wrong length, NaN, inf or something that is no
-                number.
+            ValueError: for lists of unequal lengths; naming the function and the user's line, for
+                one that raised (the cause is chained), exited, did not return in time, or returned
+                a wrong length, NaN, inf or something that is no number.
         """
+        batch = self._batch(prompts, completions, completion_ids, columns, trainer_state)
+        rewards = torch.full((batch.size, len(self.names)), torch.nan)
+        for k, (call, values) in enumerate(self._call_all(batch, log_extra, log_metric)):
+            checked = check_values(located(call), values, call.size) if call.size else []
+            rewards[batch.rows[k], k] = torch.tensor(checked, dtype=torch.float32)
+        self._warn_unscorable(rewards)
+        return rewards
+
+    def score_tokens(self, *arguments: Any, **keywords: Any) -> tuple[Tensor, list[Tensor]]:
+        """`score` for trainers that take rewards per token: a function may return lists.
+
+            shaped_it = sum over k of weights_k r_kit        a number counts for the last token
+
+        Args:
+            arguments, keywords: as for `score`.
+
+        Returns:
+            rewards: (B, K) float32, the sum over the tokens of a completion, NaN = None.
+            shaped: B tensors (T_i,) float32, T_i the tokens of completion i.
+
+        Raises:
+            ValueError: as for `score`, and for a list that is not as long as its completion.
+        """
+        bound = inspect.signature(self.score).bind(*arguments, **keywords)
+        given = dict(bound.arguments)
+        loggers = given.pop("log_extra", None), given.pop("log_metric", None)
+        batch = self._batch(trainer_state=given.pop("trainer_state", None), **given)
+        rewards = torch.full((batch.size, len(self.names)), torch.nan)
+        lengths = [len(ids) for ids in given["completion_ids"]]
+        shaped = [torch.zeros(length) for length in lengths]
+        for k, (call, values) in enumerate(self._call_all(batch, *loggers)):
+            chosen = [lengths[row] for row in batch.rows[k]]
+            lists = check_token_values(located(call), values, chosen) if call.size else []
+            for row, numbers in zip(batch.rows[k], lists, strict=True):
+                tokens = torch.tensor(numbers, dtype=torch.float32)
+                rewards[row, k] = tokens.sum() if len(tokens) else torch.nan
+                shaped[row] += self.weights[k] * tokens.nan_to_num(0.0)
+        self._warn_unscorable(rewards)
+        return rewards, shaped
+
+    def _batch(
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: list[list[int]],
+        columns: dict[str, list[Any]],
+        trainer_state: Any = None,
+    ) -> _Batch:
         size = len(prompts)
         if "prompt" in columns:
             raise ValueError("columns: expected those beside the prompts, got 'prompt' among them.")
-        given = {"completions": completions, "completion_ids": completion_ids, **columns}
-        for key, values in given.items():
+        lists = {"completions": completions, "completion_ids": completion_ids, **columns}
+        for key, values in lists.items():
             if len(values) != size:
                 raise ValueError(
                     f"{key}: expected {size} values, one per prompt, got {len(values)}."
                 )
         self.check_columns(columns)
-        keywords = {
-            **given,
-            "prompts": prompts,
-            "trainer_state": trainer_state,
-            "log_extra": log_extra or _ignore,
-            "log_metric": log_metric or _ignore,
-        }
-        returned = self._call_all(keywords)
-        scored = [check_values(*pair, size) for pair in zip(self.names, returned, strict=True)]
-        rewards = torch.tensor(scored, dtype=torch.float32).reshape(len(scored), size).T
-        rewards = rewards.contiguous()
-        self._warn_unscorable(rewards)
-        return rewards
+        if COLUMN in columns:
+            rows = routes(columns[COLUMN], self.names, self._specs)
+        else:
+            rows = [list(range(size))] * len(self.names)
+        return _Batch(size, {"prompts": prompts, **lists}, rows, trainer_state)
 
-    def _call_all(self, keywords: dict[str, Any]) -> list[Any]:
-        calls = [
-            functools.partial(function, **signature.select(keywords))
-            for function, signature in zip(self._functions, self._signatures, strict=True)
-        ]
+    def _call_all(
+        self, batch: _Batch, log_extra: Callable | None, log_metric: Callable | None
+    ) -> list[tuple[Call, Any]]:
+        notes = Notes(batch.size, self._said, self.names)
+        calls: list[tuple[Call, Callable[[], Any]]] = []
+        for k, function in enumerate(self._functions):
+            size = len(batch.rows[k])
+            call = Call(self.names[k], function, size, self._timeout, self._notice)
+            keywords = self._signatures[k].select(batch, k, self._offered)
+            given = None if size == batch.size else batch.rows[k]
+            loggers = {
+                "log_extra": notes.extra(call.name, given),
+                "log_metric": notes.metric(call.name),
+            }
+            keywords.update({n: f for n, f in loggers.items() if self._signatures[k].takes(n)})
+            calls.append((call, functools.partial(function, **keywords)))
         results: list[Any] = [None] * len(calls)
-        # the asynchronous ones start first, so that they wait while the others compute
-        waiting = {
-            index: asyncio.run_coroutine_threadsafe(_awaited(calls[index]), self._event_loop())
-            for index, signature in enumerate(self._signatures)
-            if signature.asynchronous
-        }
-        try:
-            for index, call in enumerate(calls):
-                if index not in waiting:
-                    results[index] = self._named(index, call)
-            for index, future in waiting.items():
-                results[index] = self._named(index, future.result)
-        finally:
-            _cancel(waiting.values())
-        return results
+        with restored(), cut_output():
+            # the asynchronous ones start first, so that they wait while the others compute
+            waiting = {
+                k: self._start(call, function)
+                for k, (call, function) in enumerate(calls)
+                if self._signatures[k].asynchronous and call.size
+            }
+            try:
+                for k, (call, function) in enumerate(calls):
+                    if k not in waiting and call.size:
+                        # a list that the function keeps could still change
+                        results[k] = _kept(contained(call, function))
+                for k, pending in waiting.items():
+                    results[k] = pending.result()
+            finally:
+                for pending in waiting.values():
+                    pending.future.cancel()
+        notes.flush(log_extra, log_metric)
+        return [(call, result) for (call, _), result in zip(calls, results, strict=True)]
 
-    def _named(self, index: int, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        # the boundary to user code: whatever it raises is reported under the function's name
-        except Exception as error:
-            raise ValueError(
-                f"reward function {self.names[index]!r} raised {type(error).__name__}: {error}"
-            ) from error
-
-    def _event_loop(self) -> asyncio.AbstractEventLoop:
-        """One daemon loop for the life of the set, so that a client session stays valid."""
-        if self._loop is None:
-            loop = asyncio.new_event_loop()
-            threading.Thread(target=_run, args=(loop,), name="rewards", daemon=True).start()
-            weakref.finalize(self, loop.call_soon_threadsafe, loop.stop)
-            self._loop = loop
-        return self._loop
+    def _start(self, call: Call, function: Callable[[], Any]) -> Pending:
+        if self._background is None:
+            self._background = Background()
+        return self._background.start(call, function)
 
     def _warn_unscorable(self, rewards: Tensor) -> None:
         rows = rewards.isnan().all(1).nonzero()[:, 0].tolist()
@@ -274,6 +292,16 @@ class RewardSet:
             )
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What the functions are called on: B completions, and the rows that each function judges."""
+
+    size: int
+    lists: dict[str, list[Any]]
+    rows: list[list[int]]
+    state: Any
+
+
 class _Signature:
     """Which keywords a function takes, and whether calling it gives a coroutine."""
 
@@ -285,35 +313,33 @@ class _Signature:
             parameters = inspect.signature(function).parameters.values()
         # builtins without a signature get every keyword
         except ValueError:
-            self.accepted, self.required = None, []
+            self.accepted, self.named, self.required = None, set(), []
             return
         variadic = any(p.kind is p.VAR_KEYWORD for p in parameters)
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        self.accepted = None if variadic else {p.name for p in by_name}
+        self.named = {p.name for p in by_name}
+        self.accepted = None if variadic else self.named
         self.required = [p.name for p in by_name if p.default is p.empty]
 
-    def select(self, keywords: dict[str, Any]) -> dict[str, Any]:
-        if self.accepted is None:
-            return keywords
-        return {key: value for key, value in keywords.items() if key in self.accepted}
+    def takes(self, key: str) -> bool:
+        return self.accepted is None or key in self.accepted
+
+    def select(self, batch: _Batch, k: int, offered: dict[str, Any]) -> dict[str, Any]:
+        """Copies of what the function takes, for its rows."""
+        rows = batch.rows[k]
+        # what a function does not name is the trainer's own addition to TRL's convention
+        keywords = {key: value for key, value in offered.items() if key in self.named}
+        for key, values in batch.lists.items():
+            if self.takes(key):
+                # a dataset's column need not be a list
+                keywords[key] = [copied(values[row]) for row in rows]
+        if self.takes("trainer_state"):
+            keywords["trainer_state"] = copied_state(batch.state)
+        return keywords
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    loop.run_forever()
-    loop.close()
-
-
-async def _awaited(call: Callable[[], Any]) -> Any:
-    return await call()
-
-
-def _cancel(futures: Iterable[Future[Any]]) -> None:
-    for future in futures:
-        future.cancel()
-
-
-def _ignore(name: str, value: Any) -> None:
-    """Stands in for a logger that the caller did not give."""
+def _kept(values: Any) -> Any:
+    return list(values) if isinstance(values, list) else values
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -340,6 +366,8 @@ def _as_function(
     device: torch.device | str | None,
     init_kwargs: dict[str, Any] | None,
 ) -> Callable[..., Any]:
+    if isinstance(reward, str) and reward.startswith(PREFIXES):
+        return load_reward(reward)
     if isinstance(reward, (str, torch.nn.Module)):
         from .model import RewardModel
 

@@ -13,6 +13,8 @@ from grpo_fast.advantages.reward_weights import SCHEMES, check_weighting
 from grpo_fast.advantages.table import ADVANTAGES, check_estimator
 from grpo_fast.config import LossConfig
 from grpo_fast.presets import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS
+from grpo_fast.rewards.checks import check_limit
+from grpo_fast.rewards.combination import check_aggregation
 
 _SCALES = {True: "group", False: "none", "True": "group", "False": "none"}
 # (option, keyword of `reward_weights`)
@@ -158,6 +160,14 @@ class GRPOConfig(TrainingArguments):
 
     # rewards
     reward_weights: list[float] | None = _option(None, "One weight per reward; default: 1.0 each.")
+    reward_timeout: float | None = _option(
+        1800.0, "Seconds after which a reward function that has not returned is stopped."
+    )
+    multi_objective_aggregation: str = _option(
+        "sum_then_normalize",
+        "Sum the rewards and take the group's advantages, or 'normalize_then_sum': each reward "
+        "within its group first (GDPO).",
+    )
     scale_rewards: str | None = _option(
         None,
         "Divide the group's advantages by the std of the 'group' (True), of the 'batch', or 'none' "
@@ -288,6 +298,8 @@ class GRPOConfig(TrainingArguments):
             )
 
     def _check_rewards(self) -> None:
+        check_limit("reward_timeout", self.reward_timeout)
+        check_aggregation(self.multi_objective_aggregation)
         self.scale_rewards = _SCALES.get(self.scale_rewards, self.scale_rewards)
         if self.scale_rewards not in ("group", "batch", "none", None):
             raise ValueError(
@@ -310,6 +322,12 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(
                 f"scale_rewards: {chosen} takes {name} advantages, expected {expected}, "
                 f"got {self.scale_rewards!r}."
+            )
+        decoupled = self.multi_objective_aggregation == "normalize_then_sum"
+        if decoupled and self.estimator != ("group", {"scale": "group"}):
+            raise ValueError(
+                "multi_objective_aggregation: 'normalize_then_sum' makes advantages of its own, "
+                f"expected those of the group divided by its std, got {self.estimator!r}."
             )
         if name == "reward_weights":
             check_weighting(

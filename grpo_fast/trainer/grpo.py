@@ -28,7 +28,7 @@ from grpo_fast.models.packing import (
 )
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
-from grpo_fast.rewards import RewardSet, weighted
+from grpo_fast.rewards import RewardSet, decoupled_advantages, weighted
 from grpo_fast.rollout.hf import HFSampler
 from grpo_fast.rollout.rollouts import Rollouts
 
@@ -92,10 +92,19 @@ class GRPOTrainer(RolloutTrainer):
         tokenizer = tokenizer_of(model, processing_class, args)
         init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "gguf_file"}
         self.rewards = RewardSet(
-            reward_funcs, reward_processing_classes, args.reward_weights, args.device, init_kwargs
+            reward_funcs,
+            reward_processing_classes,
+            args.reward_weights,
+            args.device,
+            init_kwargs,
+            timeout=args.reward_timeout,
+            max_completion_length=args.max_completion_length,
         )
         for dataset in datasets.values():
-            self.rewards.check_columns(column_names(dataset))
+            columns = column_names(dataset)
+            self.rewards.check_columns(columns)
+            if "rewards" in columns:
+                self.rewards.check_routes(row["rewards"] for row in dataset)
         # an adapter starts from random weights
         set_seed(args.seed)
         model = policy_of(model, args, peft_config)
@@ -185,6 +194,9 @@ class GRPOTrainer(RolloutTrainer):
     def advantages(self, rewards: Tensor, num_generations: int) -> tuple[Tensor, Tensor]:
         """Stage 3: rewards (B, K) of all ranks -> advantages (B,) and weighted rewards (P, G)."""
         total = weighted(rewards, self.rewards.weights).view(-1, num_generations)
+        if self.args.multi_objective_aggregation == "normalize_then_sum":
+            weights = self.rewards.weights
+            return decoupled_advantages(rewards, weights, num_generations), total
         name, options = self.args.estimator
         return advantages_of(name, total, **options).flatten(), total
 

@@ -63,6 +63,7 @@ class ResumableTrainer(Trainer):
         "generation_kwargs",
         "chat_template_kwargs",
         "mask_truncated_completions",
+        "multi_objective_aggregation",
         "sync_ref_model",
         "ref_model_mixup_alpha",
         "ref_model_sync_steps",

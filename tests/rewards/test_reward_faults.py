@@ -1,0 +1,224 @@
+"""Rewards that raise, exit, hang, fork or return nonsense: no hang, no false zero, a clear name.
+
+Every message names the function and the line in the user's file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import reward_faults as faults
+import torch
+
+from grpo_fast.rewards import RewardSet, in_worker
+
+TEXTS = ["a", "bb", "ccc"]
+LIMIT = 0.15
+FILE = "reward_faults.py"
+
+
+def good(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+def score(functions, texts=TEXTS, timeout=5.0, **keywords):
+    rewards = RewardSet(functions, timeout=timeout)
+    return rewards.score(list(texts), list(texts), [[1]] * len(texts), {}, **keywords)
+
+
+def as_async(function):
+    """The same fault inside a coroutine."""
+
+    @functools.wraps(function)
+    async def fault(completions, **_):
+        await asyncio.sleep(0)
+        return function(completions)
+
+    return fault
+
+
+def as_task(function):
+    """The same fault in a task that the coroutine waits for."""
+
+    @functools.wraps(function)
+    async def fault(completions, **_):
+        async def inner():
+            return function(completions)
+
+        return await asyncio.ensure_future(inner())
+
+    return fault
+
+
+KINDS = {"sync": lambda function: function, "async": as_async, "task": as_task}
+PLACES = {
+    "alone": lambda fault: [fault],
+    "first": lambda fault: [fault, good],
+    "last": lambda fault: [good, fault],
+}
+
+
+def fails(functions, **keywords):
+    """The one sentence of the error; it comes well before a hang would be noticed."""
+    began = time.monotonic()
+    with pytest.raises(ValueError) as caught:
+        score(functions, **keywords)
+    assert time.monotonic() - began < 10
+    message = str(caught.value)
+    assert len(message) < 1000 and "\n" not in message
+    return message
+
+
+def marked_line(function):
+    """Number of the line with the comment `here` in a function, or None."""
+    lines, first = inspect.getsourcelines(inspect.unwrap(function))
+    found = [first + index for index, line in enumerate(lines) if line.rstrip().endswith("# here")]
+    return found[0] if found else None
+
+
+def names_line(message, function):
+    number = marked_line(function)
+    expected = rf"{FILE}, line {number}\b" if number else rf"{FILE}, line \d+"
+    assert re.search(expected, message), message
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", faults.RAISED)
+def test_whatever_is_raised_is_named(name, kind, place):
+    error = faults.RAISED[name]
+    function = faults.raising(error)
+    message = fails(PLACES[place](KINDS[kind](function)))
+    assert "reward function 'fault'" in message
+    if isinstance(error, SystemExit):
+        assert f"called sys.exit({error.code!r})" in message
+    elif not isinstance(error, StopIteration):
+        assert f"raised {type(error).__name__}: " in message
+    if kind == "task" and name in ("stop", "cancelled"):
+        # Python makes another error of these, which rises at the line that awaits the task
+        assert "test_reward_faults.py, line" in message
+    else:
+        names_line(message, function)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize("name", faults.RETURNED)
+def test_whatever_is_returned_is_checked(name, kind, place):
+    values, text = faults.RETURNED[name]
+    function = faults.returning(values)
+    message = fails(PLACES[place](KINDS[kind](function)))
+    assert "reward function 'fault'" in message and text in message
+    names_line(message, function)
+
+
+@pytest.mark.parametrize("place", ["alone", "last"])
+@pytest.mark.parametrize("function", faults.HANGING, ids=lambda f: f.__name__)
+def test_what_does_not_return_is_stopped(function, place):
+    message = fails(PLACES[place](function), timeout=LIMIT)
+    assert f"{function.__name__!r} did not return within {LIMIT:g} s" in message
+    assert "for 3 completions" in message
+    if function is not faults.stubborn:
+        names_line(message, function)
+
+
+@pytest.mark.parametrize("place", ["alone", "first"])
+@pytest.mark.parametrize("function", faults.ASYNC_HANGING, ids=lambda f: f.__name__)
+def test_what_does_not_return_asynchronously_is_given_up(function, place):
+    message = fails(PLACES[place](function), timeout=LIMIT)
+    assert f"{function.__name__!r} did not return within {LIMIT:g} s" in message
+    names_line(message, function)
+
+
+def test_in_another_thread_the_limit_holds_at_the_next_byte_code():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(fails([faults.busy], timeout=LIMIT)))
+    thread.start()
+    thread.join(10)
+    assert found and "'busy' did not return" in found[0]
+
+
+def test_a_loop_in_c_ends_the_process_with_a_trace():
+    """It holds the interpreter's lock, so that nothing of Python's can stop it."""
+    script = (
+        "from grpo_fast.rewards import RewardSet\n"
+        "import reward_faults\n"
+        "def held(completions, **_):\n    reward_faults.do_hold()\n"
+        "RewardSet(held, timeout=0.2).score(['p'], ['c'], [[1]], {})\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and "in held" in done.stderr
+
+
+def in_processes(function, texts, caplog, **options):
+    with caplog.at_level(logging.WARNING):
+        return score([in_worker(function, **options)], texts)[:, 0].tolist()
+
+
+@pytest.mark.parametrize("function", faults.LOST, ids=lambda f: f.__name__)
+def test_a_lost_worker_costs_its_own_completions_alone(function, caplog):
+    """The poisoned completion is in the second of four requests; no reward becomes 0."""
+    texts = ["a", "bb", faults.POISON, "cc", "dd", "ee", "ff", "gg"]
+    values = in_processes(function, texts, caplog, workers=1, timeout=0.8, chunk=2)
+    expected = [1.0, 2.0, None, None, 2.0, 2.0, 2.0, 2.0]
+    assert [None if value != value else value for value in values] == expected
+    message = next(r.getMessage() for r in caplog.records if function.__name__ in r.getMessage())
+    assert "for 2 completions" in message and "without a reward" in message
+    act = getattr(faults, function.__name__.replace("worker_", "do_"))
+    number = marked_line(act)
+    assert re.search(rf"{FILE}, line {number if number else ''}", message), message
+
+
+@pytest.mark.parametrize("function", faults.FAILED, ids=lambda f: f.__name__)
+def test_an_error_in_a_worker_is_the_functions(function):
+    message = fails([in_worker(function, chunk=2)], texts=["a", faults.POISON, "c"])
+    assert f"reward function {function.__name__!r} " in message
+    names_line(message, getattr(faults, function.__name__.replace("worker_", "do_")))
+
+
+@pytest.mark.parametrize("function", faults.FINE, ids=lambda f: f.__name__)
+def test_what_a_worker_survives(function, caplog, capfd):
+    texts = ["a", faults.POISON, "ccc", "dd"]
+    values = in_processes(function, texts, caplog, chunk=1, timeout=5.0)
+    assert values == [1.0, float(len(faults.POISON)), 3.0, 2.0] and not caplog.records
+    assert len(capfd.readouterr().out) < 11_000
+
+
+@pytest.mark.parametrize("name", faults.RETURNED)
+def test_values_of_a_worker_are_checked_as_well(name, monkeypatch):
+    """As JSON they arrive as numbers, lists or texts; what is wrong stays wrong."""
+    from grpo_fast.rewards.worker_child import _plain
+
+    values, _ = faults.RETURNED[name]
+    if name in ("generator", "map", "object", "class", "text", "bytes", "dict"):
+        assert not isinstance(_plain(values), list)
+        return
+    function = faults.returning(_plain(values))
+    assert "reward function 'fault'" in fails([function])
+
+
+def test_nothing_was_lost_on_the_way():
+    """The faults of this file, counted: raised, returned, hung, in workers."""
+    raised = len(faults.RAISED) * 9
+    returned = len(faults.RETURNED) * 7
+    hung = 2 * len(faults.HANGING) + 2 * len(faults.ASYNC_HANGING)
+    assert raised + returned + hung + len(faults.LOST + faults.FAILED + faults.FINE) >= 500
+    assert torch.is_grad_enabled()
