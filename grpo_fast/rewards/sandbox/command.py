@@ -141,5 +141,5 @@ def bwrap_command(bwrap: str, disk: int, packages: Sequence[str] = ()) -> list[s
 
 
 def python_command(size: int) -> list[str]:
-    """The interpreter, without site, that runs the `size` bytes of code its standard input gives."""
+    """The interpreter, without site; it runs the `size` bytes of code that its input begins with."""
     return [interpreter(), "-s", "-S", "-B", "-c", LOADER.format(size=size)]

@@ -25,9 +25,7 @@ logger = logging.getLogger(__name__)
 
 ISOLATIONS = ("bwrap", "none")
 _RESTARTS = 3
-_START = (
-    "import sys; sys.path.append({folder!r}); from sandbox.runner import main; main()"
-)
+_START = "import sys; sys.path.append({folder!r}); from sandbox.runner import main; main()"
 
 
 def available_cores() -> int:

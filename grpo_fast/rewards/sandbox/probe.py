@@ -9,7 +9,7 @@ from typing import Any
 from .child import NotPlain, decode, encode
 from .limits import Outcome, Program
 
-_CODE = '''
+_CODE = """
 import errno, os, socket, sys
 
 def attempt(function, *arguments):
@@ -42,7 +42,7 @@ def probe(secret):
         "writing to its libraries": attempt(write, os.path.dirname(os.__file__) + "/escaped"),
         "its own folder": attempt(write, "inside"),
     }
-'''
+"""
 # a file that exists on every machine and belongs to nobody's library
 _SECRET = "/etc/passwd"
 PROBE = Program("call", _CODE, entry="probe", calls=(encode([[_SECRET], {}]),))

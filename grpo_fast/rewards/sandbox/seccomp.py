@@ -47,7 +47,9 @@ execve 59 221, arch_prctl 158 -, getrandom 318 278
 """
 # These answer EPERM: a program that asks for them should read why it gets nothing.
 _REFUSED = "fork 57 -, vfork 58 -, socket 41 198, connect 42 203, ptrace 101 117, unshare 272 97"
-_CHECKED = "clone 56 220, exit 60 93, exit_group 231 94, ioctl 16 29, prctl 157 167, socketpair 53 199"
+_CHECKED = (
+    "clone 56 220, exit 60 93, exit_group 231 94, ioctl 16 29, prctl 157 167, socketpair 53 199"
+)
 
 _MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 _LOAD, _EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x45, 0x06
