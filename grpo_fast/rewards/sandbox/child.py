@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+
+# importing typing would take half as long again as the interpreter's start
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 MAX_DEPTH = 100
 _SEQUENCES = {list: b"l", tuple: b"t", set: b"S", frozenset: b"Z"}

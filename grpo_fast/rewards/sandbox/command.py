@@ -15,7 +15,10 @@ from . import seccomp
 LOADER = (
     "import marshal, posix\n"
     "data = b''\n"
-    "while len(data) < {size}: data += posix.read(0, {size} - len(data))\n"
+    "while len(data) < {size}:\n"
+    "    part = posix.read(0, {size} - len(data))\n"
+    "    if not part: posix._exit(0)\n"
+    "    data += part\n"
     "exec(marshal.loads(data), {{'__name__': '__main__'}})"
 )
 # a hash seed of its own would give one program two rewards; OpenBLAS starts a thread per core
@@ -141,5 +144,5 @@ def bwrap_command(bwrap: str, disk: int, packages: Sequence[str] = ()) -> list[s
 
 
 def python_command(size: int) -> list[str]:
-    """The interpreter, without site; it runs the `size` bytes of code that its input begins with."""
+    """The interpreter, without site, which runs the first `size` bytes of its input as code."""
     return [interpreter(), "-s", "-S", "-B", "-c", LOADER.format(size=size)]

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -251,9 +252,11 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket, owner: int
     connection.close()
     if os.getpid() != owner:
         return
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         # it sees the end of its connection
         process.wait(2)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        return
+    # its process group is its own while it has not been waited for
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -14,6 +14,7 @@ import marshal
 import math
 import os
 import selectors
+import signal
 import socket
 import sys
 import time
@@ -95,8 +96,8 @@ class Runner:
 
     def _leave(self) -> None:
         for worker in self.workers:
-            worker.kill("end")
-        os._exit(0)
+            worker.kill("end", wrapper=worker.ready)
+        end_group()
 
     # ---- the trainer's side
 
@@ -296,6 +297,8 @@ class Runner:
         for worker in self.workers:
             if not worker.ready and now - worker.started > _START:
                 worker.kill("no start")
+            elif now - worker.killed_at > _CLOSED:
+                worker.kill("no end", wrapper=True)
             # a program may close its output and go on, but a call can then not be answered
             elif worker.task is not None and not worker.raw and now - worker.closed_at > _CLOSED:
                 worker.kill("closed")
@@ -330,6 +333,16 @@ class Runner:
         return "unjudged" if elapsed > limits["patience"] else ""
 
 
+def end_group() -> None:
+    """End this process and every bubblewrap that is still starting.
+
+    One that is killed between its two processes leaves the second waiting for the first, for ever,
+    in this process group; once it has left the group, it reads the end of its input or dies with
+    the first.
+    """
+    os.killpg(0, signal.SIGKILL)
+
+
 def child_code() -> bytes:
     """The child, compiled by this interpreter for others of the same version."""
     path = Path(__file__).with_name("child.py")
@@ -347,5 +360,7 @@ def main() -> None:
     data = connection.recv(size, socket.MSG_WAITALL)
     if len(data) < size or not head:
         return
-    settings = decode(data)
-    Runner(connection, settings).run()
+    try:
+        Runner(connection, decode(data)).run()
+    finally:
+        end_group()

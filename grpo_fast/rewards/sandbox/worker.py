@@ -58,6 +58,7 @@ class Worker:
         """From here on the output is the program's own, not messages."""
         self.killed = ""
         """Why the runner ended it; empty when it did not."""
+        self.killed_at = math.inf
         self.received = 0
         self.output = bytearray()
         self.cpu = 0.0
@@ -79,9 +80,14 @@ class Worker:
         if launch.command:
             # a pipe for each: bubblewrap reads a shared file from where the last one left it
             source, target = os.pipe()
-            os.write(target, launch.filter)
-            os.close(target)
-            information, reported = os.pipe()
+            extra = [source]
+            with open(target, "wb") as file:
+                file.write(launch.filter)
+            try:
+                information, reported = os.pipe()
+            except OSError:
+                os.close(source)
+                raise
             extra = [source, reported]
             arguments += ["--seccomp", str(source), "--info-fd", str(reported)]
         try:
@@ -92,7 +98,6 @@ class Worker:
                 stderr=subprocess.DEVNULL,
                 env=launch.environment,
                 pass_fds=extra,
-                start_new_session=True,
                 bufsize=0,
             )
         except OSError:
@@ -151,15 +156,23 @@ class Worker:
         """Seconds the process inside has waited for a free core."""
         return run_delay(self._inside) if self._inside is not None else 0.0
 
-    def kill(self, why: str) -> None:
-        """End it at once; `on_exit` follows."""
+    def kill(self, why: str, wrapper: bool = False) -> None:
+        """End it at once; `on_exit` follows.
+
+        Args:
+            why: the reason, of which the first is kept.
+            wrapper: end bubblewrap too, which else ends by itself and so has waited for the process
+                inside and knows what it has used.
+        """
         self.killed = self.killed or why
+        self.killed_at = min(self.killed_at, time.monotonic())
         if self.closed:
             return
-        for handle in (self._inside_handle, self.handle):
+        inside = self._inside_handle >= 0
+        for handle, asked in ((self._inside_handle, inside), (self.handle, wrapper or not inside)):
             # not Popen.kill, which may reap the process before its end is noticed here
             with contextlib.suppress(ProcessLookupError):
-                if handle >= 0:
+                if asked:
                     signal.pidfd_send_signal(handle, signal.SIGKILL)
 
     def _write(self) -> None:
