@@ -138,7 +138,7 @@ def code_reward(
         results.report(log_metric)
         return rewards
 
-    code.close = pool.close
+    code.close, code.sandbox = pool.close, pool
     return code
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
+
+NOT_STARTED = "the sandbox did not start"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ class Outcome:
     cpu: float = 0.0
     """Seconds of CPU that the sandbox and the program used from its start."""
     wall: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def judged(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from . import command, seccomp
 from .child import NotPlain, decode, encode
 from .command import SandboxUnavailable
-from .limits import Limits, Outcome, Program
+from .limits import NOT_STARTED, Limits, Outcome, Program
 from .probe import PROBE, explain_failure, read_probe
 from .runner import child_code
 
@@ -160,7 +160,7 @@ class Sandbox:
     ) -> None:
         left = list(range(len(programs)))[::-1]
         handed_out: set[int] = set()
-        deaths = 0
+        deaths = failures = 0
 
         def settle(index: int, outcome: Outcome) -> None:
             outcomes[index] = outcome
@@ -183,13 +183,15 @@ class Sandbox:
                 deaths += 1
                 left += sorted(handed_out, reverse=True)
                 handed_out.clear()
-                if deaths > _RESTARTS:
-                    why = f"the runner of the sandboxes: {type(error).__name__}: {error}"
-                    while left:
-                        settle(left.pop(), Outcome("unjudged", why))
+                outcome = Outcome("unjudged", f"the runner: {type(error).__name__}: {error}")
             else:
                 handed_out.remove(index)
                 settle(index, outcome)
+                # each of these took seconds of attempts: the rest would take minutes
+                failures = failures + 1 if outcome.detail.startswith(NOT_STARTED) else 0
+            if deaths > _RESTARTS or failures >= 2 * self.size:
+                while left:
+                    settle(left.pop(), outcome)
 
     # ---- the runner
 

@@ -18,11 +18,13 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .child import decode, encode
+from .limits import NOT_STARTED
 from .worker import Launch, Worker, run_delay
 
 # seconds between two looks at what the running programs have used
@@ -158,7 +160,7 @@ class Runner:
         self.rest_until = time.monotonic() + 0.05 * self.failed_starts
         if self.failed_starts >= _FAILED_STARTS and not self.running:
             for task in self.waiting:
-                self._report(task, "unjudged", f"the sandbox did not start: {why}")
+                self._report(task, "unjudged", f"{NOT_STARTED}: {why}")
             self.waiting.clear()
             self.failed_starts = 0
 
@@ -362,5 +364,8 @@ def main() -> None:
         return
     try:
         Runner(connection, decode(data)).run()
+    # the end of the group is the end of this process too, before Python would print it
+    except Exception:
+        traceback.print_exc()
     finally:
         end_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+# os.wait4 imports it at its first call, which fails when there is no file handle left
+importlib.import_module("resource")
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -110,8 +113,14 @@ class Worker:
         self.source, self.target = self.process.stdout.fileno(), self.process.stdin.fileno()
         os.set_blocking(self.source, False)
         os.set_blocking(self.target, False)
-        self.handle = os.pidfd_open(self.process.pid)
         self._information = information
+        try:
+            self.handle = os.pidfd_open(self.process.pid)
+        except OSError:
+            self.process.kill()
+            self.process.communicate()
+            os.close(information)
+            raise
         self.selector.register(self.source, selectors.EVENT_READ, self._read)
         self.selector.register(self.handle, selectors.EVENT_READ, self._exited)
 
@@ -121,7 +130,7 @@ class Worker:
         return self.ready and self.task is None and not self.killed
 
     def find_inside(self) -> bool:
-        """Learn the process inside the sandbox; False when it is already gone."""
+        """Learn the process inside the sandbox; False when it is gone or out of reach."""
         if self._information < 0:
             self._inside = self.process.pid
         else:
@@ -132,7 +141,7 @@ class Worker:
             self._inside = json.loads(text)["child-pid"]
         try:
             self._inside_handle = os.pidfd_open(self._inside)
-        except ProcessLookupError:
+        except OSError:
             return False
         return True
 
