@@ -33,6 +33,7 @@ pytestmark = pytest.mark.skipif(not _bubblewrap(), reason="needs bubblewrap")
 
 @pytest.fixture(scope="module")
 def reward():
+    """One sandbox for all tests here."""
     reward = code_reward()
     yield reward
     reward.close()

@@ -77,6 +77,7 @@ def _literal_cases(test: str) -> list[list] | None:
 
 @pytest.fixture(scope="module")
 def reward():
+    """One sandbox for all tests here."""
     reward = code_reward(cpu=4.0)
     yield reward
     reward.close()

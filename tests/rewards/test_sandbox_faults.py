@@ -82,6 +82,7 @@ def _gone(pids: set[int], seconds: float = 5.0) -> bool:
 
 @pytest.fixture
 def sandbox():
+    """A sandbox that ends with the test."""
     sandbox = Sandbox(Limits(cpu=1.0, wall=5.0))
     yield sandbox
     sandbox.close()
