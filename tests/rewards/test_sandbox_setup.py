@@ -152,6 +152,38 @@ def test_without_root():
     assert (answer, status, reply) == (45, "done", "vi14;")
 
 
+NESTED = """
+from sandbox import Sandbox, SandboxUnavailable
+try:
+    print(Sandbox().check()["result"])
+except SandboxUnavailable as error:
+    print(error)
+"""
+
+
+def _nests() -> bool:
+    return bool(shutil.which("unshare")) and not subprocess.call(["unshare", "-Ur", "true"])
+
+
+@pytest.mark.skipif(not _nests(), reason="needs unshare and user namespaces")
+@pytest.mark.parametrize("allowed", [True, False])
+def test_inside_a_user_namespace(allowed):
+    """It nests; where the kernel itself allows no namespace it refuses with bubblewrap's words."""
+    forbid = "" if allowed else "echo 0 > /proc/sys/user/max_user_namespaces && "
+    folders = [str(ROOT / "grpo_fast" / "rewards"), *sys.path]
+    result = subprocess.run(
+        ["unshare", "-Ur", "sh", "-c", f'{forbid}exec "$@"', "sh", sys.executable, "-c", NESTED],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+    )
+    if allowed:
+        assert result.stdout == "45\n", result.stderr
+    else:
+        assert "does not start here (bwrap: " in result.stdout, result.stderr
+        assert "programs are not run" in result.stdout
+
+
 def test_memory_and_cpu_limits_bind():
     """Just inside is done, just outside is not."""
     sandbox = Sandbox(Limits(cpu=1.0, memory=128))

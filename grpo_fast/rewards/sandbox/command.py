@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import marshal
 import os
 import platform
 import shutil
@@ -141,6 +142,12 @@ def bwrap_command(bwrap: str, disk: int, packages: Sequence[str] = ()) -> list[s
     for name, value in ENVIRONMENT.items():
         arguments += ["--setenv", name, value]
     return arguments + mounts(disk, packages)
+
+
+def child_code() -> bytes:
+    """The child, compiled by this interpreter for others of the same version."""
+    path = Path(__file__).with_name("child.py")
+    return marshal.dumps(compile(path.read_text(encoding="utf-8"), "<child>", "exec", optimize=2))
 
 
 def python_command(size: int) -> list[str]:

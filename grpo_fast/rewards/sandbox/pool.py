@@ -20,7 +20,6 @@ from .child import NotPlain, decode, encode
 from .command import SandboxUnavailable
 from .limits import NOT_STARTED, Limits, Outcome, Program
 from .probe import PROBE, explain_failure, read_probe
-from .runner import child_code
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class Sandbox:
         self._forget()
 
     def _prepare(self, packages: Sequence[str]) -> dict[str, Any]:
-        code = child_code()
+        code = command.child_code()
         settings = {
             "size": self.size,
             "limits": {

@@ -10,7 +10,6 @@ Only the standard library and this package are imported: it runs in the bare int
 
 from __future__ import annotations
 
-import marshal
 import math
 import os
 import selectors
@@ -20,7 +19,6 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .child import decode, encode
@@ -343,12 +341,6 @@ def end_group() -> None:
     the first.
     """
     os.killpg(0, signal.SIGKILL)
-
-
-def child_code() -> bytes:
-    """The child, compiled by this interpreter for others of the same version."""
-    path = Path(__file__).with_name("child.py")
-    return marshal.dumps(compile(path.read_text(encoding="utf-8"), "<child>", "exec", optimize=2))
 
 
 def main() -> None:
