@@ -311,13 +311,30 @@ def test_a_sandbox_with_a_hole_is_refused(monkeypatch):
             code_reward()
     prepared = command.bwrap_command
 
-    def writable(*arguments):
-        options = prepared(*arguments)
-        at = options.index("/") - 1
-        return options[:at] + options[at + 2 :]
+    def without(option, value, count):
+        def changed(*arguments):
+            options, at = prepared(*arguments), 0
+            while (
+                at := next(
+                    (
+                        i
+                        for i in range(at, len(options) - 1)
+                        if options[i] == option and value in options[i + 1]
+                    ),
+                    -1,
+                )
+            ) >= 0:
+                del options[at : at + count]
+            return options
 
-    monkeypatch.setattr(command, "bwrap_command", writable)
+        return changed
+
+    monkeypatch.setattr(command, "bwrap_command", without("--remount-ro", "/", 2))
     with pytest.raises(SandboxUnavailable, match="expected a program to be refused writing to /,"):
+        code_reward()
+    hiding = without("--tmpfs", "-packages", 4)
+    monkeypatch.setattr(command, "bwrap_command", hiding)
+    with pytest.raises(SandboxUnavailable, match="to be refused installed packages,"):
         code_reward()
 
 

@@ -27,6 +27,16 @@ def write(path):
     with open(path, "w") as file:
         file.write("x")
 
+def look_at_packages():
+    # that there are none is an error as well, as it is for the other doors
+    for root in ("/usr/lib", "/usr/local/lib", os.path.dirname(os.path.dirname(os.__file__))):
+        for name in os.listdir(root) if os.path.isdir(root) else ():
+            for kind in ("site-packages", "dist-packages"):
+                folder = os.path.join(root, name, kind)
+                if name.startswith("python") and os.path.isdir(folder) and os.listdir(folder):
+                    return
+    raise FileNotFoundError(errno.ENOENT, "nothing")
+
 def probe(secret):
     return {
         "result": sum(range(10)),
@@ -38,6 +48,7 @@ def probe(secret):
         "a process of its own": attempt(fork),
         "a socket": attempt(socket.socket),
         "a file of yours": attempt(open, secret),
+        "installed packages": attempt(look_at_packages),
         "writing to /": attempt(write, "/escaped"),
         "writing to its libraries": attempt(write, os.path.dirname(os.__file__) + "/escaped"),
         "its own folder": attempt(write, "inside"),
@@ -50,6 +61,7 @@ _DOORS = (
     "a process of its own",
     "a socket",
     "a file of yours",
+    "installed packages",
     "writing to /",
     "writing to its libraries",
 )
