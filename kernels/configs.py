@@ -1,37 +1,72 @@
 """Launch table of the row kernels. Fixed, so that a user's first call never tunes; dated rows.
 
-A row of V logits is read in tiles of BLOCK_V by num_warps warps, at most 8 logits per thread.
+A tile of logits is STRIPS strips of THREADS threads with VEC neighbours each: one load instruction
+of 16 bytes for each strip.
 """
 
 from typing import NamedTuple
 
+import torch
 import triton
 
 
 class Launch(NamedTuple):
-    """Tile width in logits and warps per program."""
+    """Shape of a tile; THREADS threads are one program."""
 
-    BLOCK_V: int
-    num_warps: int
+    STRIPS: int
+    THREADS: int
+    VEC: int
 
 
-# (largest V of the row, launch). 2026-11: chosen from registers and spills of the compiled kernels
-# on sm_80 to sm_120 and gfx942 with Triton 3.6 and 3.9; tiles of 4096 by 8 or 16 warps spill in
-# some case. Not timed on a GPU yet.
-ROW_LAUNCHES = (
-    (512, Launch(512, 4)),
-    (1024, Launch(1024, 4)),
-)
-WIDE_ROW = Launch(2048, 8)
+# A row is summed in parts of so many logits, whoever sums them: a program of its own for each part,
+# where there are few rows, gives the same bits as one for all. A multiple of every tile.
+SEGMENT = 65536
 
-# Launch option of every row kernel: with fused multiply-adds the backward would see other logits
-# than the forward, by up to half an ulp of z.
+# Launch option of every row kernel: a fused multiply-add that the compiler chooses would differ
+# between forward and backward. Those that are wanted are written out.
 ENABLE_FP_FUSION = False
 
+FORWARD_STRIPS = {2: 2, 4: 4}
+BACKWARD_STRIPS = {2: 4, 4: 4}
 
-def row_launch(V: int) -> Launch:
-    """Launch of a row kernel for a vocabulary of V."""
-    for limit, launch in ROW_LAUNCHES:
-        if limit >= V:
-            return Launch(min(launch.BLOCK_V, max(16, triton.next_power_of_2(V))), launch.num_warps)
-    return WIDE_ROW
+
+def warp_size() -> int:
+    """Threads of a warp on the current device."""
+    if triton.knobs.runtime.interpret:
+        return 32
+    return triton.runtime.driver.active.get_current_target().warp_size
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether every row of x (B, T, V) starts at a multiple of 16 bytes."""
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:2]))
+    return all(step % 16 == 0 for step in steps)
+
+
+def _options(V: int, strips: int, vec: int) -> dict[str, object]:
+    if vec == 1:
+        strips *= 4
+    threads = 128 if V <= 4096 else 256
+    while strips > 1 and strips * threads * vec >= 2 * V:
+        strips //= 2
+    return {
+        "STRIPS": strips,
+        "THREADS": threads,
+        "VEC": vec,
+        "num_warps": threads // warp_size(),
+        "enable_fp_fusion": ENABLE_FP_FUSION,
+    }
+
+
+def forward_launch(logits: torch.Tensor) -> dict[str, object]:
+    """Launch that reads rows of logits (B, T, V)."""
+    size = logits.element_size()
+    vec = 16 // size if is_aligned(logits) else 1
+    return {"SEGMENT": SEGMENT, **_options(logits.shape[2], FORWARD_STRIPS[size], vec)}
+
+
+def backward_launch(logits: torch.Tensor, out: torch.Tensor) -> dict[str, object]:
+    """Launch that reads rows of logits and writes their gradient."""
+    size = out.element_size()
+    vec = 16 // size if is_aligned(logits) and is_aligned(out) else 1
+    return _options(logits.shape[2], BACKWARD_STRIPS[size], vec)

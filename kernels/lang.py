@@ -1,9 +1,9 @@
-"""Device vocabulary of the row kernels: a logit tile, the statistics of a row, the gradient of a
+"""Device vocabulary of the row kernels: what a logit is, the statistics of a row, the gradient of a
 row.
 
-Every kernel here works on one row of logits per program, in fp32 whatever the storage type. `z` is
-the transformed logit: z = softcap * tanh(scale * x / softcap) * inv_temperature, with one
-inv_temperature for all rows or one for each.
+z = softcap * tanh(scale * x / softcap) * inv_temperature is the transformed logit, fp32 whatever
+the storage type. In the loops it appears as u, in which it is linear (`logit`), and its exponent
+in bits: t = u * c - base, one fused multiply-add that forward and backward spell alike.
 """
 
 import types
@@ -11,6 +11,13 @@ import types
 import torch
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# bits: a maximum of -inf is kept here, so that -inf - (-inf) never occurs; exp2 of it is 0
+LOWEST = tl.constexpr(-3.0e38)
+# bits: 2^-200 is 0 in fp32, and 0 * TINY is 0 where 0 * -inf is NaN
+TINY = tl.constexpr(-200.0)
 
 
 def device_function(fn: types.FunctionType, _made: dict = {}):  # noqa: B006 (a cache is meant)
@@ -32,21 +39,14 @@ def device_function(fn: types.FunctionType, _made: dict = {}):  # noqa: B006 (a 
     return _made[fn]
 
 
-def temperature_arguments(inv_temperature: float | torch.Tensor) -> dict[str, object]:
-    """Launch arguments for one inv_temperature, or for an fp32 (N,) tensor of them."""
-    by_row = isinstance(inv_temperature, torch.Tensor)
-    return {
-        "inv_temperature": 1.0 if by_row else float(inv_temperature),
-        "inv_temperature_ptr": inv_temperature if by_row else None,
-        "HAS_ROW_TEMPERATURE": by_row,
-    }
-
-
 @triton.jit
-def row_pointer(ptr, row, T, stride_b, stride_t):
+def row_pointer(ptr, row, T, stride_b, stride_t, VEC: tl.constexpr):
     """Start of row `row` of a (B, T, V) tensor, given as its strides over B and T. row is int64, so
-    the products are."""
-    return ptr + (row // T) * stride_b + (row % T) * stride_t
+    the products are. With VEC > 1 every row starts at 16 bytes, which the launcher has checked."""
+    offset = (row // T) * stride_b + (row % T) * stride_t
+    if VEC > 1:
+        offset = tl.multiple_of(offset, VEC)
+    return ptr + offset
 
 
 @triton.jit
@@ -74,21 +74,168 @@ def one_minus_exp(x):
 @triton.jit
 def tanh(x):
     """tanh without libdevice (the interpreter has none): odd Taylor polynomial below 0.25, else
-    exp."""
+    exp2."""
     x2 = x * x
     small = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     large = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
 
 
 @triton.jit
-def transform(x, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """Logit as stored -> z, fp32."""
-    x = x.to(tl.float32) * scale
+def row_factors(
+    scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr
+):
+    """inner, gain, c and chain of a row: u = logit(x, inner), z = u * gain nats = u * c bits, and
+    dz/dx = chain, times 1 - u^2 with a softcap."""
+    chain = scale * inv_temperature
+    inner, gain = 1.0, chain
     if HAS_SOFTCAP:
-        x = softcap * tanh(x / softcap)
-    return x * inv_temperature
+        inner = scale / softcap
+        gain = softcap * inv_temperature
+    elif NEGATIVE:
+        gain = -chain
+    return inner, gain, gain * LOG2E, chain
+
+
+@triton.jit
+def logit(x, inner, HAS_SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr):
+    """Logit as stored -> u fp32, with z = u * gain and gain > 0 for the whole row.
+
+    inner is scale / softcap and gain softcap * inv_temperature; without a softcap u is x with the
+    sign of the scale and gain |scale| * inv_temperature. A sign costs nothing: it is a modifier of
+    the instruction that takes the operand.
+    """
+    x = x.to(tl.float32)
+    if HAS_SOFTCAP:
+        return tanh(x * inner)
+    if NEGATIVE:
+        return -x
+    return x
+
+
+@triton.jit
+def base_of(peak):
+    """Base of the exponents of a row, bits, from its stored maximum in nats: forward and backward
+    take it from the same number, so they see the same exponents."""
+    return tl.maximum(peak * LOG2E, LOWEST)
+
+
+@triton.jit
+def fold(u, c, raw, base, rest, dot, HAS_ENTROPY: tl.constexpr):
+    """Take a tile u (STRIPS, THREADS, VEC) into the statistics of its threads, (THREADS,) each.
+
+    raw is the maximum of u and base = raw * c; rest = sum 2^t and dot = sum 2^t t, with t relative
+    to base. When base rises by d bits, what was summed becomes 2^-d rest and 2^-d (dot - d rest).
+    """
+    raw = tl.maximum(raw, tl.max(tl.max(u, 2), 0))
+    risen = tl.maximum(raw * c, LOWEST)
+    d = tl.maximum(base - risen, TINY)
+    decay = tl.exp2(d)
+    t = tl.fma(u, c, -risen[None, :, None])
+    p = tl.exp2(t)
+    if HAS_ENTROPY:
+        more = tl.sum(tl.sum(p * tl.maximum(t, TINY), 2), 0)
+        dot = tl.fma(decay, tl.fma(d, rest, dot), more)
+    rest = tl.fma(rest, decay, tl.sum(tl.sum(p, 2), 0))
+    return raw, risen, rest, dot
+
+
+@triton.jit
+def scan(
+    row_ptr,
+    target,
+    u_target,
+    start,
+    V,
+    inner,
+    c,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STRIPS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Columns [start, start + SEGMENT) of a row, without the target -> raw, rest, dot, (THREADS,).
+
+    Each thread keeps its own maximum and sums, so the loop has no barrier and no shuffle. Only the
+    target's tile and the last one compare columns: in the loop that were 4 instructions per logit
+    more.
+    """
+    TILE: tl.constexpr = STRIPS * THREADS * VEC
+    cols = tl.arange(0, TILE)
+    stop = tl.minimum(V, start + SEGMENT)
+    last = stop - (stop - start) % TILE
+    own = target - target % TILE
+    has_own = (own >= start) & (own < stop)
+    # the loop goes over the whole tiles but that of the target
+    skipped = tl.where(has_own, tl.minimum(own, last), last)
+    # the maximum begins with the target's, which the sums leave out
+    raw = tl.zeros((THREADS,), tl.float32) + u_target
+    base = tl.maximum(raw * c, LOWEST)
+    rest = tl.zeros((THREADS,), tl.float32)
+    dot = tl.zeros((THREADS,), tl.float32)
+    for i in range(start, last - tl.where(skipped < last, TILE, 0), TILE):
+        x = tl.load(row_ptr + (i + tl.where(i >= skipped, TILE, 0)) + cols)
+        u = logit(x, inner, HAS_SOFTCAP, NEGATIVE)
+        u = tl.reshape(u, (STRIPS, THREADS, VEC))
+        raw, base, rest, dot = fold(u, c, raw, base, rest, dot, HAS_ENTROPY)
+    odd = has_own.to(tl.int32) + ((last < stop) & (own != last)).to(tl.int32)
+    for i in range(0, odd):
+        first = tl.where(has_own & (i == 0), own, last)
+        x = tl.load(row_ptr + first + cols, mask=cols < V - first, other=0.0)
+        u = logit(x, inner, HAS_SOFTCAP, NEGATIVE)
+        beside = (cols < V - first) & (cols != target - first)
+        u = tl.where(beside, u, -float("inf"))
+        u = tl.reshape(u, (STRIPS, THREADS, VEC))
+        raw, base, rest, dot = fold(u, c, raw, base, rest, dot, HAS_ENTROPY)
+    return raw, rest, dot
+
+
+@triton.jit
+def merge(raw, rest, dot, raw_2, rest_2, dot_2, c, HAS_ENTROPY: tl.constexpr):
+    """Statistics of two parts of a row, both (THREADS,), as those of one. With rest = dot = 0 and
+    raw <= raw_2 the second, bit for bit."""
+    highest = tl.maximum(raw, raw_2)
+    base = tl.maximum(highest * c, LOWEST)
+    d = tl.maximum(tl.maximum(raw * c, LOWEST) - base, TINY)
+    d_2 = tl.maximum(tl.maximum(raw_2 * c, LOWEST) - base, TINY)
+    decay, decay_2 = tl.exp2(d), tl.exp2(d_2)
+    if HAS_ENTROPY:
+        dot = tl.fma(decay, tl.fma(d, rest, dot), decay_2 * tl.fma(d_2, rest_2, dot_2))
+    rest = tl.fma(decay, rest, decay_2 * rest_2)
+    return highest, rest, dot
+
+
+@triton.jit
+def finish_stats(u_target, raw, rest, dot, gain, c, HAS_ENTROPY: tl.constexpr):
+    """(THREADS,) statistics of a row -> logp of the target, entropy, max, log(sum exp(z - max)),
+    nats.
+
+    The only reductions across warps of a row. The target was kept out of `rest`, the mass beside
+    it, so logp = -log1p(rest / 2^t) where the target is near the max: log(1 + rest) would lose
+    rest below 6e-8.
+    """
+    peak = tl.max(raw, 0) * gain
+    base = base_of(peak)
+    d = tl.maximum(tl.maximum(raw * c, LOWEST) - base, TINY)
+    weight = tl.exp2(d)
+    if HAS_ENTROPY:
+        dot = tl.sum(weight * tl.fma(d, rest, dot), 0)
+    rest = tl.sum(weight * rest, 0)
+    t = tl.fma(u_target, c, -base)
+    p = tl.exp2(t)
+    total = rest + p
+    near = t > -1.0
+    beside = log1p(rest / tl.where(near, p, 1.0))
+    log_total = tl.where(near, t * LN2 + beside, tl.log(total))
+    logp = tl.where(near, -beside, t * LN2 - log_total)
+    entropy = 0.0
+    if HAS_ENTROPY:
+        entropy = log_total - (dot + p * tl.maximum(t, TINY)) * LN2 / total
+    return logp, entropy, peak, log_total + tl.fma(base, LN2, -peak)
 
 
 @triton.jit
@@ -96,45 +243,113 @@ def row_stats(
     row_ptr,
     target,
     V,
-    scale,
-    softcap,
-    inv_temperature,
+    factors,
+    HAS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STRIPS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VEC: tl.constexpr,
 ):
-    """One read of a row -> logp of target, entropy, max, log(sum exp(z - max)), all fp32 nats.
+    """One read of a row -> logp of target, entropy, max, log(sum exp(z - max)), all fp32 nats."""
+    inner, gain, c, _ = factors
+    u_target = logit(tl.load(row_ptr + target), inner, HAS_SOFTCAP, NEGATIVE)
+    raw = tl.zeros((THREADS,), tl.float32) + u_target
+    rest = tl.zeros((THREADS,), tl.float32)
+    dot = tl.zeros((THREADS,), tl.float32)
+    for start in range(0, V, SEGMENT):
+        raw_2, rest_2, dot_2 = scan(
+            row_ptr,
+            target,
+            u_target,
+            start,
+            V,
+            inner,
+            c,
+            HAS_ENTROPY,
+            HAS_SOFTCAP,
+            NEGATIVE,
+            SEGMENT,
+            STRIPS,
+            THREADS,
+            VEC,
+        )
+        raw, rest, dot = merge(raw, rest, dot, raw_2, rest_2, dot_2, c, HAS_ENTROPY)
+    return finish_stats(u_target, raw, rest, dot, gain, c, HAS_ENTROPY)
 
-    The target is kept out of the running sum: `rest` is the mass beside it relative to the max, so
-    logp = -log1p(rest) when the target is the max, where log(1 + rest) would lose rest below 6e-8.
+
+@triton.jit
+def gradient_scalars(
+    stats, upstream, chain, HAS_DLSE: tl.constexpr, HAS_DENTROPY: tl.constexpr
+):
+    """What the gradient of a row is made of: base, slope and offset of the logits' factor, and the
+    gradient of the target.
+
+        dz_j = 2^t_j * offset                               without dentropy
+        dz_j = 2^t_j * (t_j * slope + offset)               with it
+
+    in which (dlse - dlogp) / total, -dentropy (t ln2 - E) / total and the chain factor
+    scale * inv_temperature are folded; total = sum 2^t, E = sum 2^t t ln2 / total.
     """
-    z_target = transform(tl.load(row_ptr + target), scale, softcap, inv_temperature, HAS_SOFTCAP)
-    peak = z_target
-    rest = 0.0
-    # sum of exp(z - max) * (z - max) beside the target, rescaled with the max
-    dot = 0.0
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        # the load's mask is the bound alone: with `cols != target` in it every load is 2 bytes wide
-        # instead of 16 (sm_80 to sm_120, Triton 3.6 and 3.9)
-        x = tl.load(row_ptr + cols, mask=cols < V, other=0.0)
-        z = transform(x, scale, softcap, inv_temperature, HAS_SOFTCAP)
-        z = tl.where((cols < V) & (cols != target), z, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(z, 0))
-        # all -inf so far: subtract 0, not -inf, so that the sums stay 0
-        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        shift = tl.where(peak == -float("inf"), 0.0, peak - base)
-        decay = tl.exp(shift)
-        gap = z - base
-        p = tl.exp(gap)
-        dot = decay * (dot + shift * rest) + tl.sum(tl.where(p > 0, p * gap, 0.0), 0)
-        rest = rest * decay + tl.sum(p, 0)
-        peak = new_peak
-    gap = z_target - peak
-    p = tl.exp(gap)
-    log_sum = tl.where(gap == 0.0, log1p(rest), tl.log(rest + p))
-    logp = gap - log_sum
-    dot = dot + tl.where(p > 0, p * gap, 0.0)
-    return logp, log_sum - dot / (rest + p), peak, log_sum
+    logp, entropy, peak, log_sum = stats
+    dlogp, dlse, dentropy = upstream
+    base = base_of(peak)
+    log_total = log_sum - tl.fma(base, LN2, -peak)
+    share = tl.exp2(-log_total * LOG2E) * chain
+    slope, offset = 0.0, -dlogp * share
+    # 1 - p of the target is -expm1(logp): 1 - exp(logp) would cancel
+    at_target = dlogp * one_minus_exp(logp)
+    p_target = tl.exp(logp)
+    if HAS_DLSE:
+        offset += dlse * share
+        at_target += dlse * p_target
+    if HAS_DENTROPY:
+        slope = -dentropy * share * LN2
+        offset += dentropy * share * (log_total - entropy)
+        # t ln2 - E of the target, where p > 0: -inf there is 0 * -inf
+        beside = tl.where(p_target > 0, dentropy * p_target * (logp + entropy), 0.0)
+        at_target -= beside
+    return base, slope, offset, at_target * chain
+
+
+@triton.jit
+def store_gradient_tile(
+    row_ptr,
+    out_ptr,
+    cols,
+    left,
+    scalars,
+    inner,
+    c,
+    MASKED: tl.constexpr,
+    BARRIER: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    HAS_DENTROPY: tl.constexpr,
+):
+    """Gradient of the columns `cols` of a row; MASKED: of those below `left`."""
+    base, slope, offset, _ = scalars
+    if MASKED:
+        x = tl.load(row_ptr + cols, mask=cols < left, other=0.0)
+    else:
+        x = tl.load(row_ptr + cols)
+    u = logit(x, inner, HAS_SOFTCAP, NEGATIVE)
+    t = tl.fma(u, c, -base)
+    if HAS_DENTROPY:
+        dx = tl.exp2(t) * tl.fma(tl.maximum(t, TINY), slope, offset)
+    else:
+        dx = tl.exp2(t) * offset
+    if HAS_SOFTCAP:
+        dx = dx * (1.0 - u * u)
+    if BARRIER:
+        # a fast warp must not overwrite what a slow one has still to read
+        tl.debug_barrier()
+    dx = dx.to(out_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(out_ptr + cols, dx, mask=cols < left)
+    else:
+        tl.store(out_ptr + cols, dx)
 
 
 @triton.jit
@@ -143,48 +358,123 @@ def store_row_gradient(
     out_ptr,
     target,
     V,
+    start,
+    columns,
     stats,
     upstream,
-    chain,
+    factors,
     HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
     HAS_DENTROPY: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    NARROW: tl.constexpr,
+    STRIPS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VEC: tl.constexpr,
 ):
-    """dx_j = c * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])], one
-    row, with c = scale * inv_temperature * (1 - tanh^2).
+    """dx_j = f * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])] of the
+    columns [start, start + columns) of a row, with f = scale * inv_temperature * (1 - tanh^2).
 
-    stats is (logp, entropy, peak, log_sum), upstream (dlogp, dlse, dentropy), chain (scale,
-    softcap, inv_temperature). The target's own 1 - p comes from -expm1(logp).
-    The output may be the input: each tile is read whole before it is overwritten. It may also be
-    the same bytes as a narrower type, whose tile lies in front of what is still to be read.
+    stats is (logp, entropy, peak, log_sum), upstream (dlogp, dlse, dentropy), factors (inner, gain,
+    c, chain). target is -1 where it is no column of these logits. The output may be the input: each
+    thread overwrites what it has read itself. NARROW: it may be the same bytes as a narrower type.
+    Then tile i of the output lies on tile i // 2 of the input, and a barrier before tiles 1, 2, 4,
+    8, ... makes all threads read that far first; start is 0.
     """
-    logp, entropy, peak, log_sum = stats
-    dlogp, dlse, dentropy = upstream
-    scale, softcap, inv_temperature = chain
-    expected = log_sum - entropy
-    for start in range(0, V, BLOCK_V):
-        # (1, BLOCK_V), not (BLOCK_V,): Triton spreads tiles of one shape alike over the threads, so
-        # a narrower output would change the order of the sums of `row_stats` in the same kernel
-        cols = start + tl.arange(0, BLOCK_V)[None, :]
-        inside = cols < V
-        x = tl.load(row_ptr + cols, mask=inside, other=0.0)
-        z = transform(x, scale, softcap, inv_temperature, HAS_SOFTCAP)
-        p = tl.exp((z - peak) - log_sum)
-        dz = tl.where(cols == target, dlogp * one_minus_exp(logp), -dlogp * p) + dlse * p
-        if HAS_DENTROPY:
-            dz -= tl.where(p > 0, dentropy * p * ((z - peak) - expected), 0.0)
-        dz = dz * (scale * inv_temperature)
-        if HAS_SOFTCAP:
-            t = z / (softcap * inv_temperature)
-            dz = dz * (1.0 - t * t)
-        # a fast warp must not overwrite what a slow one has still to read
+    TILE: tl.constexpr = STRIPS * THREADS * VEC
+    inner, _, c, chain = factors
+    cols = tl.arange(0, TILE)
+    scalars = gradient_scalars(stats, upstream, chain, HAS_DLSE, HAS_DENTROPY)
+    at_target = scalars[3]
+    has_target = (target >= start) & (target - start < columns)
+    if HAS_SOFTCAP:
+        u = logit(tl.load(row_ptr + target, mask=has_target, other=0.0), inner, True, NEGATIVE)
+        at_target *= 1.0 - u * u
+        # no thread overwrites it before all have read it
         tl.debug_barrier()
-        tl.store(out_ptr + cols, dz.to(out_ptr.dtype.element_ty), mask=inside)
+    stop = start + tl.minimum(V - start, columns)
+    full = stop - (stop - start) % TILE
+    first = start
+    if NARROW:
+        if full > 0:
+            store_gradient_tile(
+                row_ptr,
+                out_ptr,
+                cols,
+                V,
+                scalars,
+                inner,
+                c,
+                False,
+                True,
+                HAS_SOFTCAP,
+                NEGATIVE,
+                HAS_DENTROPY,
+            )
+            first = TILE
+        while first < full:
+            tl.debug_barrier()
+            doubled = tl.minimum(first + first, full)
+            for i in range(first, doubled, TILE):
+                store_gradient_tile(
+                    row_ptr + i,
+                    out_ptr + i,
+                    cols,
+                    V,
+                    scalars,
+                    inner,
+                    c,
+                    False,
+                    False,
+                    HAS_SOFTCAP,
+                    NEGATIVE,
+                    HAS_DENTROPY,
+                )
+            first = doubled
+    else:
+        for i in range(start, full, TILE):
+            store_gradient_tile(
+                row_ptr + i,
+                out_ptr + i,
+                cols,
+                V,
+                scalars,
+                inner,
+                c,
+                False,
+                False,
+                HAS_SOFTCAP,
+                NEGATIVE,
+                HAS_DENTROPY,
+            )
+    if full < stop:
+        store_gradient_tile(
+            row_ptr + full,
+            out_ptr + full,
+            cols,
+            V - full,
+            scalars,
+            inner,
+            c,
+            True,
+            NARROW,
+            HAS_SOFTCAP,
+            NEGATIVE,
+            HAS_DENTROPY,
+        )
+    if has_target:
+        # after the thread that owns the column
+        tl.debug_barrier()
+        tl.store(out_ptr + target, at_target.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
-def store_zero_row(out_ptr, V, BLOCK_V: tl.constexpr):
-    """out[0:V] = 0 without reading anything."""
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)[None, :]
-        tl.store(out_ptr + cols, tl.zeros((1, BLOCK_V), out_ptr.dtype.element_ty), mask=cols < V)
+def store_zero_row(
+    out_ptr, V, start, columns, STRIPS: tl.constexpr, THREADS: tl.constexpr, VEC: tl.constexpr
+):
+    """out[start:start + columns] = 0 without reading anything."""
+    TILE: tl.constexpr = STRIPS * THREADS * VEC
+    cols = tl.arange(0, TILE)
+    zero = tl.zeros((TILE,), out_ptr.dtype.element_ty)
+    for i in range(start, start + tl.minimum(V - start, columns), TILE):
+        tl.store(out_ptr + i + cols, zero, mask=cols < V - i)
