@@ -43,9 +43,11 @@ def is_aligned(x: torch.Tensor) -> bool:
     return all(step % 16 == 0 for step in steps)
 
 
-def _options(V: int, strips: int, vec: int) -> dict[str, object]:
+def _options(V: int, strips: int, vec: int, softcap: bool) -> dict[str, object]:
     if vec == 1:
         strips *= 4
+    if softcap:
+        strips //= 2
     threads = 128 if V <= 4096 else 256
     while strips > 1 and strips * threads * vec >= 2 * V:
         strips //= 2
@@ -58,15 +60,15 @@ def _options(V: int, strips: int, vec: int) -> dict[str, object]:
     }
 
 
-def forward_launch(logits: torch.Tensor) -> dict[str, object]:
+def forward_launch(logits: torch.Tensor, softcap: float | None) -> dict[str, object]:
     """Launch that reads rows of logits (B, T, V)."""
     size = logits.element_size()
     vec = 16 // size if is_aligned(logits) else 1
-    return {"SEGMENT": SEGMENT, **_options(logits.shape[2], FORWARD_STRIPS[size], vec)}
+    return {"SEGMENT": SEGMENT, **_options(logits.shape[2], FORWARD_STRIPS[size], vec, softcap is not None)}
 
 
-def backward_launch(logits: torch.Tensor, out: torch.Tensor) -> dict[str, object]:
+def backward_launch(logits: torch.Tensor, out: torch.Tensor, softcap: float | None) -> dict[str, object]:
     """Launch that reads rows of logits and writes their gradient."""
     size = out.element_size()
     vec = 16 // size if is_aligned(logits) and is_aligned(out) else 1
-    return _options(logits.shape[2], BACKWARD_STRIPS[size], vec)
+    return _options(logits.shape[2], BACKWARD_STRIPS[size], vec, softcap is not None)

@@ -184,7 +184,7 @@ def scan(
         raw, base, rest, dot = fold(u, c, raw, base, rest, dot, HAS_ENTROPY)
     odd = has_own.to(tl.int32) + ((last < stop) & (own != last)).to(tl.int32)
     for i in range(0, odd):
-        first = tl.where(has_own & (i == 0), own, last)
+        first = tl.multiple_of(tl.where(has_own & (i == 0), own, last), VEC)
         x = tl.load(row_ptr + first + cols, mask=cols < V - first, other=0.0)
         u = logit(x, inner, HAS_SOFTCAP, NEGATIVE)
         beside = (cols < V - first) & (cols != target - first)
@@ -393,7 +393,7 @@ def store_row_gradient(
         # no thread overwrites it before all have read it
         tl.debug_barrier()
     stop = start + tl.minimum(V - start, columns)
-    full = stop - (stop - start) % TILE
+    full = tl.multiple_of(stop - (stop - start) % TILE, VEC)
     first = start
     if NARROW:
         if full > 0:

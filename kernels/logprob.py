@@ -194,7 +194,7 @@ def logprob_fwd(
             HAS_MASK=active is not None,
             HAS_ENTROPY=entropy,
             **row_arguments(logits, scale, softcap, inv_temperature),
-            **forward_launch(logits),
+            **forward_launch(logits, softcap),
         )
 
 
@@ -241,5 +241,5 @@ def logprob_bwd(
             HAS_DENTROPY=dentropy is not None,
             NARROW=out.element_size() < logits.element_size(),
             **row_arguments(logits, scale, softcap, inv_temperature),
-            **backward_launch(logits, out),
+            **backward_launch(logits, out, softcap),
         )

@@ -306,7 +306,7 @@ def policy(
     if B * T == 0:
         return
     target = logits if out is None else out
-    launch, backward = forward_launch(logits), backward_launch(logits, target)
+    launch, backward = forward_launch(logits, softcap), backward_launch(logits, target, softcap)
     with torch.cuda.device_of(logits):
         policy_kernel[(B * T,)](
             ids_ptr=ids,
