@@ -1,37 +1,49 @@
 """Launch table of the row kernels. Fixed, so that a user's first call never tunes; dated rows.
 
-A tile of logits is STRIPS strips of THREADS threads with VEC neighbours each: one load instruction
-of 16 bytes for each strip.
-"""
+A tile of logits is STRIPS strips of THREADS threads with VEC neighbours each, which is one load of
+16 bytes for a thread and strip. Counted on sm_90 (2026-11, V = 151936, nothing timed):
 
-from typing import NamedTuple
+    forward bf16, 2 strips   9.8 instructions per logit, 6.8 without entropy; 4 strips: 9.3, 6.3,
+                             but over 96 registers: 2 programs of 256 threads on an SM, not 4
+    forward fp32, 4 strips   8.5, 5.4 without entropy, 64 registers
+    backward, 4 strips       5.6 bf16, 4.4 fp32 -> bf16, with dentropy 7.6 and 6.3; 2 strips: 6.3
+
+64 registers give 4 programs on an SM, 528 on 132 of them: a chunk of 2,048 rows is 3.9 waves, of
+which the last is nearly full. 80 registers give 3 programs and 5.2 waves.
+"""
 
 import torch
 import triton
 
-
-class Launch(NamedTuple):
-    """Shape of a tile; THREADS threads are one program."""
-
-    STRIPS: int
-    THREADS: int
-    VEC: int
-
-
-# A row is summed in parts of so many logits, whoever sums them: a program of its own for each part,
-# where there are few rows, gives the same bits as one for all. A multiple of every tile.
+# A row is summed in segments of so many logits, whoever sums them: a program for each segment,
+# where there are few rows, finds the same bits as one for all. A multiple of every tile.
 SEGMENT = 65536
+
+# Fewer rows than this are shared between programs: 2 on each of 132 SMs. One alone has 16 KB in
+# flight, where 4.3 TB/s at a latency of 0.8 us need 26 KB on every SM.
+FEW_ROWS = 264
+
+# Programs of a gradient that are aimed at, 8 on each of 132 SMs, and most tiles of one of them: a
+# row of V = 151936 is 5 programs, so that the last wave of a chunk is short.
+GRADIENT_PROGRAMS = 1056
+GRADIENT_TILES = 4
+
+# A row that is read twice is kept in L2 between, where all rows in flight fit there: 40 of the 50
+# MB of an H100. 528 programs: up to V = 38000 in bf16. A wider row is read from memory twice.
+L2_BYTES = 40_000_000
+ROWS_IN_FLIGHT = 528
+
+# By bytes of a logit as stored: strips of a tile that is read, and of one that is written.
+FORWARD_STRIPS = {2: 2, 4: 4}
+GRADIENT_STRIPS = {2: 4, 4: 4}
 
 # Launch option of every row kernel: a fused multiply-add that the compiler chooses would differ
 # between forward and backward. Those that are wanted are written out.
 ENABLE_FP_FUSION = False
 
-FORWARD_STRIPS = {2: 2, 4: 4}
-BACKWARD_STRIPS = {2: 4, 4: 4}
-
 
 def warp_size() -> int:
-    """Threads of a warp on the current device."""
+    """Threads of a warp on the current device: 32, on AMD's data-centre GPUs 64."""
     if triton.knobs.runtime.interpret:
         return 32
     return triton.runtime.driver.active.get_current_target().warp_size
@@ -43,11 +55,12 @@ def is_aligned(x: torch.Tensor) -> bool:
     return all(step % 16 == 0 for step in steps)
 
 
-def _options(V: int, strips: int, vec: int, softcap: bool) -> dict[str, object]:
-    if vec == 1:
-        strips *= 4
-    if softcap:
-        strips //= 2
+def _tile(V: int, strips: int, vec: int, softcap: float | None) -> dict[str, object]:
+    """STRIPS, THREADS, VEC and options of a launch; a tile is less than twice a short row."""
+    # rows that start anywhere: one logit for a load, and as many loads in flight as registers allow
+    strips = strips * 4 if vec == 1 else strips
+    # tanh needs registers, and twice the instructions anyway
+    strips = strips if softcap is None else strips // 2
     threads = 128 if V <= 4096 else 256
     while strips > 1 and strips * threads * vec >= 2 * V:
         strips //= 2
@@ -61,14 +74,33 @@ def _options(V: int, strips: int, vec: int, softcap: bool) -> dict[str, object]:
 
 
 def forward_launch(logits: torch.Tensor, softcap: float | None) -> dict[str, object]:
-    """Launch that reads rows of logits (B, T, V)."""
+    """Launch that reads rows of logits (B, T, V). Nothing in it depends on how many there are."""
     size = logits.element_size()
     vec = 16 // size if is_aligned(logits) else 1
-    return {"SEGMENT": SEGMENT, **_options(logits.shape[2], FORWARD_STRIPS[size], vec, softcap is not None)}
+    return {"SEGMENT": SEGMENT, **_tile(logits.shape[2], FORWARD_STRIPS[size], vec, softcap)}
 
 
-def backward_launch(logits: torch.Tensor, out: torch.Tensor, softcap: float | None) -> dict[str, object]:
-    """Launch that reads rows of logits and writes their gradient."""
+def gradient_launch(
+    logits: torch.Tensor, out: torch.Tensor, softcap: float | None
+) -> dict[str, object]:
+    """Launch that reads rows of logits and writes their gradient to out, both (B, T, V)."""
     size = out.element_size()
     vec = 16 // size if is_aligned(logits) and is_aligned(out) else 1
-    return _options(logits.shape[2], BACKWARD_STRIPS[size], vec, softcap is not None)
+    return _tile(logits.shape[2], GRADIENT_STRIPS[size], vec, softcap)
+
+
+def gradient_tiles(rows: int, V: int, launch: dict[str, object]) -> tuple[int, int]:
+    """Programs for each row of a gradient, and tiles for each of them."""
+    total = triton.cdiv(V, launch["STRIPS"] * launch["THREADS"] * launch["VEC"])
+    tiles = min(GRADIENT_TILES, max(1, total * rows // GRADIENT_PROGRAMS))
+    return triton.cdiv(total, tiles), tiles
+
+
+def segments(V: int) -> int:
+    """Segments of a row."""
+    return triton.cdiv(V, SEGMENT)
+
+
+def stays_in_l2(logits: torch.Tensor) -> bool:
+    """Whether the rows that are in flight at once fit into L2."""
+    return logits.shape[2] * logits.element_size() * ROWS_IN_FLIGHT <= L2_BYTES

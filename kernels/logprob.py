@@ -7,10 +7,12 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.configs import backward_launch, forward_launch
-from grpo_fast.kernels.lang import row_pointer, row_stats, store_row_gradient, store_zero_row
+from grpo_fast.kernels.configs import forward_launch, gradient_launch, gradient_tiles
+from grpo_fast.kernels.lang import row_factors, row_pointer
 from grpo_fast.kernels.launch import PER_CALL, row_arguments
-from grpo_fast.kernels.lang import row_factors
+from grpo_fast.kernels.row_gradient import store_row_gradient, store_zero_row
+from grpo_fast.kernels.row_parts import row_parts
+from grpo_fast.kernels.row_stats import row_stats
 
 
 @triton.jit(
@@ -22,6 +24,7 @@ def logprob_fwd_kernel(
     ids_ptr,
     active_ptr,
     stats_ptr,
+    parts_ptr,
     T,
     stride_b,
     stride_t,
@@ -32,6 +35,7 @@ def logprob_fwd_kernel(
     inv_temperature,
     inv_temperature_ptr,
     HAS_MASK: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEGATIVE: tl.constexpr,
@@ -56,9 +60,13 @@ def logprob_fwd_kernel(
             tl.load(ids_ptr + n).to(tl.int32),
             V,
             row_factors(scale, softcap, inv_temperature, HAS_SOFTCAP, NEGATIVE),
+            parts_ptr,
+            n,
+            HAS_PARTS,
             HAS_ENTROPY,
             HAS_SOFTCAP,
             NEGATIVE,
+            False,
             SEGMENT,
             STRIPS,
             THREADS,
@@ -120,8 +128,11 @@ def logprob_bwd_kernel(
     """out[n] = dloss/dlogits[n] from dlogp, dlse and dentropy of row n; zeros where active[n] ==
     0."""
     n = tl.program_id(0).to(tl.int64)
-    columns = (tiles.to(tl.int64) * (STRIPS * THREADS * VEC)).to(tl.int32)
-    start = (tl.program_id(1).to(tl.int64) * columns).to(tl.int32)
+    # NARROW: one program for all of V
+    start, columns = 0, V
+    if not NARROW:
+        wide = tiles.to(tl.int64) * (STRIPS * THREADS * VEC)
+        start, columns = (tl.program_id(1) * wide).to(tl.int32), wide.to(tl.int32)
     grad_ptr = row_pointer(out_ptr, n, T, stride_out_b, stride_out_t, VEC)
     logp_ptr = stats_ptr + n
     entropy_ptr = logp_ptr + stride_stats
@@ -154,6 +165,7 @@ def logprob_bwd_kernel(
             HAS_DLSE,
             HAS_DENTROPY,
             NARROW,
+            False,
             STRIPS,
             THREADS,
             VEC,
@@ -186,15 +198,21 @@ def logprob_fwd(
         return
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(logits):
+        arguments = {
+            **row_arguments(logits, scale, softcap, inv_temperature),
+            **forward_launch(logits, softcap),
+        }
+        parts = row_parts(logits, ids, active, entropy, arguments)
         logprob_fwd_kernel[(B * T,)](
             ids_ptr=ids,
             active_ptr=active,
             stats_ptr=stats,
+            parts_ptr=parts,
             stride_stats=stats.stride(0),
             HAS_MASK=active is not None,
+            HAS_PARTS=parts is not None,
             HAS_ENTROPY=entropy,
-            **row_arguments(logits, scale, softcap, inv_temperature),
-            **forward_launch(logits, softcap),
+            **arguments,
         )
 
 
@@ -222,9 +240,13 @@ def logprob_bwd(
     B, T, V = logits.shape
     if B * T == 0:
         return
+    narrow = out.element_size() < logits.element_size()
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(logits):
-        logprob_bwd_kernel[(B * T, 1)](
+        launch = gradient_launch(logits, out, softcap)
+        # what is written over its own logits is written by one program, in order
+        programs, tiles = (1, 0) if narrow else gradient_tiles(B * T, V, launch)
+        logprob_bwd_kernel[(B * T, programs)](
             ids_ptr=ids,
             active_ptr=active,
             stats_ptr=stats,
@@ -235,11 +257,11 @@ def logprob_bwd(
             stride_out_b=out.stride(0),
             stride_out_t=out.stride(1),
             stride_stats=stats.stride(0),
-            tiles=1 << 12,
+            tiles=tiles,
             HAS_MASK=active is not None,
             HAS_DLSE=dlse is not None,
             HAS_DENTROPY=dentropy is not None,
-            NARROW=out.element_size() < logits.element_size(),
+            NARROW=narrow,
             **row_arguments(logits, scale, softcap, inv_temperature),
-            **backward_launch(logits, out, softcap),
+            **launch,
         )

@@ -10,16 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.configs import backward_launch, forward_launch
-from grpo_fast.kernels.lang import (
-    device_function,
-    row_factors,
-    row_pointer,
-    row_stats,
-    store_row_gradient,
-    store_zero_row,
-)
+from grpo_fast.kernels.configs import forward_launch, gradient_launch, stays_in_l2
+from grpo_fast.kernels.lang import device_function, row_factors, row_pointer
 from grpo_fast.kernels.launch import PER_CALL, row_arguments
+from grpo_fast.kernels.row_gradient import store_row_gradient, store_zero_row
+from grpo_fast.kernels.row_parts import row_parts
+from grpo_fast.kernels.row_stats import row_stats
 
 
 @triton.jit
@@ -127,6 +123,7 @@ def policy_kernel(
     advantage_ptr,
     weight_ptr,
     terms_ptr,
+    parts_ptr,
     out_ptr,
     T,
     stride_b,
@@ -156,6 +153,7 @@ def policy_kernel(
     WEIGHT_KL: tl.constexpr,
     ROLLOUT_MASK: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr,
@@ -166,6 +164,7 @@ def policy_kernel(
     HAS_ROW_TEMPERATURE: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
     NARROW: tl.constexpr,
+    KEEP: tl.constexpr,
     SEGMENT: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -192,9 +191,13 @@ def policy_kernel(
             target,
             V,
             factors,
+            parts_ptr,
+            n,
+            HAS_PARTS,
             HAS_ENTROPY,
             HAS_SOFTCAP,
             NEGATIVE,
+            KEEP,
             SEGMENT,
             STRIPS,
             THREADS,
@@ -248,6 +251,7 @@ def policy_kernel(
                 False,
                 HAS_DENTROPY,
                 NARROW,
+                KEEP,
                 BWD_STRIPS,
                 THREADS,
                 BWD_VEC,
@@ -306,8 +310,14 @@ def policy(
     if B * T == 0:
         return
     target = logits if out is None else out
-    launch, backward = forward_launch(logits, softcap), backward_launch(logits, target, softcap)
+    has_entropy = entropy or entropy_coef != 0.0
     with torch.cuda.device_of(logits):
+        arguments = {
+            **row_arguments(logits, scale, softcap, inv_temperature),
+            **forward_launch(logits, softcap),
+        }
+        backward = gradient_launch(logits, target, softcap)
+        parts = row_parts(logits, ids, active, has_entropy, arguments)
         policy_kernel[(B * T,)](
             ids_ptr=ids,
             active_ptr=active,
@@ -317,6 +327,7 @@ def policy(
             advantage_ptr=advantages,
             weight_ptr=weights,
             terms_ptr=terms,
+            parts_ptr=parts,
             out_ptr=target,
             stride_out_b=target.stride(0),
             stride_out_t=target.stride(1),
@@ -338,15 +349,16 @@ def policy(
             WEIGHT_KL=weight_kl,
             ROLLOUT_MASK=rollout_logp is not None and rollout_mask,
             HAS_MASK=active is not None,
+            HAS_PARTS=parts is not None,
             HAS_OLD=old_logp is not None,
             HAS_REF=ref_logp is not None,
             HAS_ROLLOUT=rollout_logp is not None,
-            HAS_ENTROPY=entropy or entropy_coef != 0.0,
+            HAS_ENTROPY=has_entropy,
             HAS_DENTROPY=entropy_coef != 0.0,
             WRITE_GRADIENT=out is not None,
             NARROW=target.element_size() < logits.element_size(),
             BWD_STRIPS=backward["STRIPS"],
             BWD_VEC=backward["VEC"],
-            **row_arguments(logits, scale, softcap, inv_temperature),
-            **launch,
+            KEEP=out is not None and stays_in_l2(logits),
+            **arguments,
         )
