@@ -37,6 +37,15 @@ ROWS_IN_FLIGHT = 528
 FORWARD_STRIPS = {2: 2, 4: 4}
 GRADIENT_STRIPS = {2: 4, 4: 4}
 
+# `scale`: elements of a block, 16 for each thread, and programs that go over them, 8 on each of 132
+# SMs. One for each block would cost 0.15 ms at 0.6e9 elements to find that the factor is 1.
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1056
+
+# Most registers of a thread. Left to itself ptxas aims at 32, 40, 64 or 80 in turn and spills up to
+# 32 bytes in four of 20 kernels; told the bound it spills nothing. A gradient uses 40 to 64, and
+# spilled 8 bytes at a bound of 64 on sm_100.
+FORWARD_REGISTERS, GRADIENT_REGISTERS = 64, 80
+
 # Launch option of every row kernel: a fused multiply-add that the compiler chooses would differ
 # between forward and backward. Those that are wanted are written out.
 ENABLE_FP_FUSION = False
@@ -55,7 +64,9 @@ def is_aligned(x: torch.Tensor) -> bool:
     return all(step % 16 == 0 for step in steps)
 
 
-def _tile(V: int, strips: int, vec: int, softcap: float | None) -> dict[str, object]:
+def _tile(
+    V: int, strips: int, vec: int, softcap: float | None, registers: int
+) -> dict[str, object]:
     """STRIPS, THREADS, VEC and options of a launch; a tile is less than twice a short row."""
     # rows that start anywhere: one logit for a load, and as many loads in flight as registers allow
     strips = strips * 4 if vec == 1 else strips
@@ -70,6 +81,8 @@ def _tile(V: int, strips: int, vec: int, softcap: float | None) -> dict[str, obj
         "VEC": vec,
         "num_warps": threads // warp_size(),
         "enable_fp_fusion": ENABLE_FP_FUSION,
+        # an option of NVIDIA's compiler alone
+        **({"maxnreg": registers} if warp_size() == 32 else {}),
     }
 
 
@@ -77,7 +90,8 @@ def forward_launch(logits: torch.Tensor, softcap: float | None) -> dict[str, obj
     """Launch that reads rows of logits (B, T, V). Nothing in it depends on how many there are."""
     size = logits.element_size()
     vec = 16 // size if is_aligned(logits) else 1
-    return {"SEGMENT": SEGMENT, **_tile(logits.shape[2], FORWARD_STRIPS[size], vec, softcap)}
+    tile = _tile(logits.shape[2], FORWARD_STRIPS[size], vec, softcap, FORWARD_REGISTERS)
+    return {"SEGMENT": SEGMENT, **tile}
 
 
 def gradient_launch(
@@ -86,7 +100,7 @@ def gradient_launch(
     """Launch that reads rows of logits and writes their gradient to out, both (B, T, V)."""
     size = out.element_size()
     vec = 16 // size if is_aligned(logits) and is_aligned(out) else 1
-    return _tile(logits.shape[2], GRADIENT_STRIPS[size], vec, softcap)
+    return _tile(logits.shape[2], GRADIENT_STRIPS[size], vec, softcap, GRADIENT_REGISTERS)
 
 
 def gradient_tiles(rows: int, V: int, launch: dict[str, object]) -> tuple[int, int]:

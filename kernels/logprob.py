@@ -120,13 +120,14 @@ def logprob_bwd_kernel(
     HAS_ROW_TEMPERATURE: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     HAS_DENTROPY: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr,
     NARROW: tl.constexpr,
     STRIPS: tl.constexpr,
     THREADS: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """out[n] = dloss/dlogits[n] from dlogp, dlse and dentropy of row n; zeros where active[n] ==
-    0."""
+    """out[n] = dloss/dlogits[n] from dlogp, dlse and dentropy of row n; zeros where active[n] == 0,
+    and with SKIP_ZEROS where dlogp and dentropy are."""
     n = tl.program_id(0).to(tl.int64)
     # NARROW: one program for all of V
     start, columns = 0, V
@@ -147,6 +148,8 @@ def logprob_bwd_kernel(
         dlse = tl.load(dlse_ptr + n)
     if HAS_DENTROPY:
         dentropy = tl.load(dentropy_ptr + n)
+    if SKIP_ZEROS:
+        active = (dlogp != 0.0) | (dentropy != 0.0)
     if HAS_ROW_TEMPERATURE:
         inv_temperature = tl.load(inv_temperature_ptr + n).to(tl.float32)
     if active:
@@ -229,6 +232,7 @@ def logprob_bwd(
     inv_temperature: float | torch.Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
+    skip_zeros: bool = False,
 ) -> None:
     """Fill out (B, T, V) with the gradient by logits; out may be logits itself, or its bytes as
     bf16/fp16.
@@ -236,7 +240,10 @@ def logprob_bwd(
     Args:
         stats: (4, N) from `logprob_fwd`; dlogp, dlse, dentropy: (N,) fp32 upstream gradients.
         inv_temperature: as in `logprob_fwd`.
+        skip_zeros: a row whose dlogp and dentropy are exactly 0 is not read, and gets zeros even
+            where it holds NaN; in place of active and without dlse.
     """
+    assert not skip_zeros or (active is None and dlse is None)
     B, T, V = logits.shape
     if B * T == 0:
         return
@@ -261,6 +268,7 @@ def logprob_bwd(
             HAS_MASK=active is not None,
             HAS_DLSE=dlse is not None,
             HAS_DENTROPY=dentropy is not None,
+            SKIP_ZEROS=skip_zeros,
             NARROW=narrow,
             **row_arguments(logits, scale, softcap, inv_temperature),
             **launch,

@@ -13,8 +13,9 @@ import triton.language as tl
 from grpo_fast.kernels.configs import forward_launch, gradient_launch, stays_in_l2
 from grpo_fast.kernels.lang import device_function, row_factors, row_pointer
 from grpo_fast.kernels.launch import PER_CALL, row_arguments
+from grpo_fast.kernels.logprob import logprob_bwd
 from grpo_fast.kernels.row_gradient import store_row_gradient, store_zero_row
-from grpo_fast.kernels.row_parts import row_parts
+from grpo_fast.kernels.row_parts import is_shared, row_parts
 from grpo_fast.kernels.row_stats import row_stats
 
 
@@ -99,8 +100,23 @@ def store_terms(ptr, stride, loss, logp, entropy, ratio, kl, dlogp):
     tl.store(ptr, dlogp)
 
 
+@triton.jit
+def store_saved(ptr, stride, logp, entropy, peak, log_sum, dentropy):
+    """Column of (5, N): the statistics of a row and dloss/dentropy, for a gradient that is written
+    later."""
+    tl.store(ptr, logp)
+    ptr += stride
+    tl.store(ptr, entropy)
+    ptr += stride
+    tl.store(ptr, peak)
+    ptr += stride
+    tl.store(ptr, log_sum)
+    ptr += stride
+    tl.store(ptr, dentropy)
+
+
 @triton.jit(
-    do_not_specialize=[*PER_CALL, "stride_out_b", "stride_out_t"],
+    do_not_specialize=[*PER_CALL, "stride_saved", "stride_out_b", "stride_out_t"],
     do_not_specialize_on_alignment=[
         "ids_ptr",
         "active_ptr",
@@ -124,6 +140,7 @@ def policy_kernel(
     weight_ptr,
     terms_ptr,
     parts_ptr,
+    saved_ptr,
     out_ptr,
     T,
     stride_b,
@@ -131,6 +148,7 @@ def policy_kernel(
     stride_out_b,
     stride_out_t,
     stride_stats,
+    stride_saved,
     V,
     scale,
     softcap,
@@ -163,6 +181,7 @@ def policy_kernel(
     NEGATIVE: tl.constexpr,
     HAS_ROW_TEMPERATURE: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
+    SAVE: tl.constexpr,
     NARROW: tl.constexpr,
     KEEP: tl.constexpr,
     SEGMENT: tl.constexpr,
@@ -229,6 +248,8 @@ def policy_kernel(
             HAS_ROLLOUT,
             HAS_DENTROPY,
         )
+    if SAVE:
+        store_saved(saved_ptr + n, stride_saved, logp, entropy, peak, log_sum, dentropy)
     store_terms(terms_ptr + n, stride_stats, loss, logp, entropy, ratio, kl, dlogp)
     if WRITE_GRADIENT:
         grad_ptr = row_pointer(out_ptr, n, T, stride_out_b, stride_out_t, BWD_VEC)
@@ -310,6 +331,10 @@ def policy(
     if B * T == 0:
         return
     target = logits if out is None else out
+    narrow = target.element_size() < logits.element_size()
+    # few rows: the gradient too is shared between programs, but for one that goes over its logits
+    later = out is not None and not narrow and is_shared(logits)
+    saved = terms.new_empty(5, B * T) if later else None
     has_entropy = entropy or entropy_coef != 0.0
     with torch.cuda.device_of(logits):
         arguments = {
@@ -328,10 +353,12 @@ def policy(
             weight_ptr=weights,
             terms_ptr=terms,
             parts_ptr=parts,
+            saved_ptr=saved,
             out_ptr=target,
             stride_out_b=target.stride(0),
             stride_out_t=target.stride(1),
             stride_stats=terms.stride(0),
+            stride_saved=B * T,
             param_a=float(parameters[0]),
             param_b=float(parameters[1]),
             param_c=float(parameters[2]),
@@ -355,10 +382,17 @@ def policy(
             HAS_ROLLOUT=rollout_logp is not None,
             HAS_ENTROPY=has_entropy,
             HAS_DENTROPY=entropy_coef != 0.0,
-            WRITE_GRADIENT=out is not None,
-            NARROW=target.element_size() < logits.element_size(),
+            WRITE_GRADIENT=out is not None and not later,
+            SAVE=later,
+            NARROW=narrow,
             BWD_STRIPS=backward["STRIPS"],
             BWD_VEC=backward["VEC"],
             KEEP=out is not None and stays_in_l2(logits),
             **arguments,
+        )
+    if later:
+        transform = {"inv_temperature": inv_temperature, "scale": scale, "softcap": softcap}
+        dentropy = saved[4] if entropy_coef != 0.0 else None
+        logprob_bwd(
+            logits, ids, saved[:4], terms[5], out, dentropy=dentropy, skip_zeros=True, **transform
         )

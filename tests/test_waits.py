@@ -25,7 +25,7 @@ def accelerator(monkeypatch):
     def select(device):
         return kernels(device) if torch.device(device).type == "meta" else backend.select(device)
 
-    for name in ("loss", "logits_loss", "logprob"):
+    for name in ("loss", "logits_loss", "logprob", "attach"):
         monkeypatch.setattr(sys.modules[f"grpo_fast.{name}"], "select", select)
 
 
