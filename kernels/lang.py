@@ -1,16 +1,24 @@
-"""Device vocabulary of the row kernels: a logit tile, the statistics of a row, the gradient of a
+"""Device vocabulary of the row kernels: what a logit is, the statistics of a row, the gradient of a
 row.
 
-Every kernel here works on one row of logits per program, in fp32 whatever the storage type. `z` is
-the transformed logit: z = softcap * tanh(scale * x / softcap) * inv_temperature, with one
-inv_temperature for all rows or one for each.
+z = softcap * tanh(scale * x / softcap) * inv_temperature is the transformed logit, fp32 whatever
+the storage type. In the loops it appears as u, in which it is linear (`logit`), and its exponent
+in bits: t = u * c - base, one fused multiply-add that forward and backward spell alike.
 """
 
 import types
 
-import torch
 import triton
 import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# bits: a maximum of -inf is kept here, so that -inf - (-inf) never occurs; exp2 of it is 0
+LOWEST = tl.constexpr(-3.0e38)
+# bits: 2^-200 is 0 in fp32, and 0 * TINY is 0 where 0 * -inf is NaN
+TINY = tl.constexpr(-200.0)
+# nats: beyond this maximum the rounding of u * c could reach a bit, and z is formed first instead
+FAR = tl.constexpr(1048576.0)
 
 
 def device_function(fn: types.FunctionType, _made: dict = {}):  # noqa: B006 (a cache is meant)
@@ -32,21 +40,14 @@ def device_function(fn: types.FunctionType, _made: dict = {}):  # noqa: B006 (a 
     return _made[fn]
 
 
-def temperature_arguments(inv_temperature: float | torch.Tensor) -> dict[str, object]:
-    """Launch arguments for one inv_temperature, or for an fp32 (N,) tensor of them."""
-    by_row = isinstance(inv_temperature, torch.Tensor)
-    return {
-        "inv_temperature": 1.0 if by_row else float(inv_temperature),
-        "inv_temperature_ptr": inv_temperature if by_row else None,
-        "HAS_ROW_TEMPERATURE": by_row,
-    }
-
-
 @triton.jit
-def row_pointer(ptr, row, T, stride_b, stride_t):
+def row_pointer(ptr, row, T, stride_b, stride_t, VEC: tl.constexpr):
     """Start of row `row` of a (B, T, V) tensor, given as its strides over B and T. row is int64, so
-    the products are."""
-    return ptr + (row // T) * stride_b + (row % T) * stride_t
+    the products are. With VEC > 1 every row starts at 16 bytes, which the launcher has checked."""
+    offset = (row // T) * stride_b + (row % T) * stride_t
+    if VEC > 1:
+        offset = tl.multiple_of(offset, VEC)
+    return ptr + offset
 
 
 @triton.jit
@@ -74,117 +75,54 @@ def one_minus_exp(x):
 @triton.jit
 def tanh(x):
     """tanh without libdevice (the interpreter has none): odd Taylor polynomial below 0.25, else
-    exp."""
+    exp2."""
     x2 = x * x
     small = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     large = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) < 0.25, small, tl.where(x < 0, -large, large))
 
 
 @triton.jit
-def transform(x, scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """Logit as stored -> z, fp32."""
-    x = x.to(tl.float32) * scale
+def row_factors(
+    scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr
+):
+    """inner, gain, c and chain of a row: u = logit(x, inner), z = u * gain nats = u * c bits, and
+    dz/dx = chain, times 1 - u^2 with a softcap."""
+    chain = scale * inv_temperature
+    inner, gain = 1.0, chain
     if HAS_SOFTCAP:
-        x = softcap * tanh(x / softcap)
-    return x * inv_temperature
+        inner = scale / softcap
+        gain = softcap * inv_temperature
+    elif NEGATIVE:
+        gain = -chain
+    return inner, gain, gain * LOG2E, chain
 
 
 @triton.jit
-def row_stats(
-    row_ptr,
-    target,
-    V,
-    scale,
-    softcap,
-    inv_temperature,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """One read of a row -> logp of target, entropy, max, log(sum exp(z - max)), all fp32 nats.
+def logit(x, inner, HAS_SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr):
+    """Logit as stored -> u fp32, with z = u * gain and gain > 0 for the whole row.
 
-    The target is kept out of the running sum: `rest` is the mass beside it relative to the max, so
-    logp = -log1p(rest) when the target is the max, where log(1 + rest) would lose rest below 6e-8.
+    inner is scale / softcap and gain softcap * inv_temperature; without a softcap u is x with the
+    sign of the scale and gain |scale| * inv_temperature. A sign costs nothing: it is a modifier of
+    the instruction that takes the operand.
     """
-    z_target = transform(tl.load(row_ptr + target), scale, softcap, inv_temperature, HAS_SOFTCAP)
-    peak = z_target
-    rest = 0.0
-    # sum of exp(z - max) * (z - max) beside the target, rescaled with the max
-    dot = 0.0
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        # the load's mask is the bound alone: with `cols != target` in it every load is 2 bytes wide
-        # instead of 16 (sm_80 to sm_120, Triton 3.6 and 3.9)
-        x = tl.load(row_ptr + cols, mask=cols < V, other=0.0)
-        z = transform(x, scale, softcap, inv_temperature, HAS_SOFTCAP)
-        z = tl.where((cols < V) & (cols != target), z, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(z, 0))
-        # all -inf so far: subtract 0, not -inf, so that the sums stay 0
-        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        shift = tl.where(peak == -float("inf"), 0.0, peak - base)
-        decay = tl.exp(shift)
-        gap = z - base
-        p = tl.exp(gap)
-        dot = decay * (dot + shift * rest) + tl.sum(tl.where(p > 0, p * gap, 0.0), 0)
-        rest = rest * decay + tl.sum(p, 0)
-        peak = new_peak
-    gap = z_target - peak
-    p = tl.exp(gap)
-    log_sum = tl.where(gap == 0.0, log1p(rest), tl.log(rest + p))
-    logp = gap - log_sum
-    dot = dot + tl.where(p > 0, p * gap, 0.0)
-    return logp, log_sum - dot / (rest + p), peak, log_sum
+    x = x.to(tl.float32)
+    if HAS_SOFTCAP:
+        return tanh(x * inner)
+    if NEGATIVE:
+        return -x
+    return x
 
 
 @triton.jit
-def store_row_gradient(
-    row_ptr,
-    out_ptr,
-    target,
-    V,
-    stats,
-    upstream,
-    chain,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_DENTROPY: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """dx_j = c * [dlogp (1(j = target) - p_j) + dlse p_j - dentropy p_j (z_j - E_p[z])], one
-    row, with c = scale * inv_temperature * (1 - tanh^2).
-
-    stats is (logp, entropy, peak, log_sum), upstream (dlogp, dlse, dentropy), chain (scale,
-    softcap, inv_temperature). The target's own 1 - p comes from -expm1(logp).
-    The output may be the input: each tile is read whole before it is overwritten. It may also be
-    the same bytes as a narrower type, whose tile lies in front of what is still to be read.
-    """
-    logp, entropy, peak, log_sum = stats
-    dlogp, dlse, dentropy = upstream
-    scale, softcap, inv_temperature = chain
-    expected = log_sum - entropy
-    for start in range(0, V, BLOCK_V):
-        # (1, BLOCK_V), not (BLOCK_V,): Triton spreads tiles of one shape alike over the threads, so
-        # a narrower output would change the order of the sums of `row_stats` in the same kernel
-        cols = start + tl.arange(0, BLOCK_V)[None, :]
-        inside = cols < V
-        x = tl.load(row_ptr + cols, mask=inside, other=0.0)
-        z = transform(x, scale, softcap, inv_temperature, HAS_SOFTCAP)
-        p = tl.exp((z - peak) - log_sum)
-        dz = tl.where(cols == target, dlogp * one_minus_exp(logp), -dlogp * p) + dlse * p
-        if HAS_DENTROPY:
-            dz -= tl.where(p > 0, dentropy * p * ((z - peak) - expected), 0.0)
-        dz = dz * (scale * inv_temperature)
-        if HAS_SOFTCAP:
-            t = z / (softcap * inv_temperature)
-            dz = dz * (1.0 - t * t)
-        # a fast warp must not overwrite what a slow one has still to read
-        tl.debug_barrier()
-        tl.store(out_ptr + cols, dz.to(out_ptr.dtype.element_ty), mask=inside)
+def base_of(peak):
+    """Base of the exponents of a row, bits, from its stored maximum in nats: forward and backward
+    take it from the same number, so they see the same exponents."""
+    return tl.maximum(peak * LOG2E, LOWEST)
 
 
 @triton.jit
-def store_zero_row(out_ptr, V, BLOCK_V: tl.constexpr):
-    """out[0:V] = 0 without reading anything."""
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)[None, :]
-        tl.store(out_ptr + cols, tl.zeros((1, BLOCK_V), out_ptr.dtype.element_ty), mask=cols < V)
+def far_exponent(u, gain, peak):
+    """t of logits so large (finfo.min throughout, say) that only z - max is exact."""
+    return (u * gain - peak) * LOG2E

@@ -10,15 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.configs import ENABLE_FP_FUSION, row_launch
-from grpo_fast.kernels.lang import (
-    device_function,
-    row_pointer,
-    row_stats,
-    store_row_gradient,
-    store_zero_row,
-    temperature_arguments,
-)
+from grpo_fast.kernels.configs import forward_launch, gradient_launch, stays_in_l2
+from grpo_fast.kernels.lang import device_function, row_factors, row_pointer
+from grpo_fast.kernels.launch import PER_CALL, row_arguments
+from grpo_fast.kernels.logprob import logprob_bwd
+from grpo_fast.kernels.row_gradient import store_row_gradient, store_zero_row
+from grpo_fast.kernels.row_parts import is_shared, row_parts
+from grpo_fast.kernels.row_stats import row_stats
 
 
 @triton.jit
@@ -46,7 +44,7 @@ def evaluate_token(
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
+    HAS_DENTROPY: tl.constexpr,
 ):
     """Weighted loss of token n, ratio, kl, dloss/dlogp and dloss/dentropy."""
     # on-policy log-ratios are 0 for every finite logp, NaN where logp is NaN
@@ -80,7 +78,7 @@ def evaluate_token(
         HAS_REF,
     )
     dentropy = 0.0
-    if HAS_ENTROPY:
+    if HAS_DENTROPY:
         loss -= entropy_coef * entropy
         dentropy = -entropy_coef * weight
     return loss * weight, ratio, kl, (by_logp + by_ratio) * weight, dentropy
@@ -102,8 +100,23 @@ def store_terms(ptr, stride, loss, logp, entropy, ratio, kl, dlogp):
     tl.store(ptr, dlogp)
 
 
+@triton.jit
+def store_saved(ptr, stride, logp, entropy, peak, log_sum, dentropy):
+    """Column of (5, N): the statistics of a row and dloss/dentropy, for a gradient that is written
+    later."""
+    tl.store(ptr, logp)
+    ptr += stride
+    tl.store(ptr, entropy)
+    ptr += stride
+    tl.store(ptr, peak)
+    ptr += stride
+    tl.store(ptr, log_sum)
+    ptr += stride
+    tl.store(ptr, dentropy)
+
+
 @triton.jit(
-    do_not_specialize=["T", "stride_terms"],
+    do_not_specialize=[*PER_CALL, "stride_saved", "stride_out_b", "stride_out_t"],
     do_not_specialize_on_alignment=[
         "ids_ptr",
         "active_ptr",
@@ -126,13 +139,16 @@ def policy_kernel(
     advantage_ptr,
     weight_ptr,
     terms_ptr,
+    parts_ptr,
+    saved_ptr,
     out_ptr,
     T,
     stride_b,
     stride_t,
     stride_out_b,
     stride_out_t,
-    stride_terms,
+    stride_stats,
+    stride_saved,
     V,
     scale,
     softcap,
@@ -155,30 +171,56 @@ def policy_kernel(
     WEIGHT_KL: tl.constexpr,
     ROLLOUT_MASK: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     HAS_OLD: tl.constexpr,
     HAS_REF: tl.constexpr,
     HAS_ROLLOUT: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
+    HAS_DENTROPY: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     HAS_ROW_TEMPERATURE: tl.constexpr,
     WRITE_GRADIENT: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    SAVE: tl.constexpr,
+    NARROW: tl.constexpr,
+    KEEP: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    STRIPS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VEC: tl.constexpr,
+    BWD_STRIPS: tl.constexpr,
+    BWD_VEC: tl.constexpr,
 ):
     """terms[:, n] = weighted loss, logp, entropy, ratio, kl, dloss/dlogp; out[n] =
     dloss/dlogits[n]."""
     n = tl.program_id(0).to(tl.int64)
     loss, logp, entropy, ratio, kl, dlogp = 0.0, 0.0, 0.0, 1.0, 0.0, 0.0
     peak, log_sum, dentropy = 0.0, 0.0, 0.0
-    target = tl.load(ids_ptr + n)
-    row_ptr = row_pointer(logits_ptr, n, T, stride_b, stride_t)
+    target = tl.load(ids_ptr + n).to(tl.int32)
+    row_ptr = row_pointer(logits_ptr, n, T, stride_b, stride_t, VEC)
     active = True
     if HAS_MASK:
         active = tl.load(active_ptr + n) != 0
     if HAS_ROW_TEMPERATURE:
         inv_temperature = tl.load(inv_temperature_ptr + n).to(tl.float32)
+    factors = row_factors(scale, softcap, inv_temperature, HAS_SOFTCAP, NEGATIVE)
     if active:
         logp, entropy, peak, log_sum = row_stats(
-            row_ptr, target, V, scale, softcap, inv_temperature, HAS_SOFTCAP, BLOCK_V
+            row_ptr,
+            target,
+            V,
+            factors,
+            parts_ptr,
+            n,
+            HAS_PARTS,
+            HAS_ENTROPY,
+            HAS_SOFTCAP,
+            NEGATIVE,
+            KEEP,
+            SEGMENT,
+            STRIPS,
+            THREADS,
+            VEC,
         )
         loss, ratio, kl, dlogp, dentropy = evaluate_token(
             n,
@@ -204,26 +246,36 @@ def policy_kernel(
             HAS_OLD,
             HAS_REF,
             HAS_ROLLOUT,
-            HAS_ENTROPY,
+            HAS_DENTROPY,
         )
-    store_terms(terms_ptr + n, stride_terms, loss, logp, entropy, ratio, kl, dlogp)
+    if SAVE:
+        store_saved(saved_ptr + n, stride_saved, logp, entropy, peak, log_sum, dentropy)
+    store_terms(terms_ptr + n, stride_stats, loss, logp, entropy, ratio, kl, dlogp)
     if WRITE_GRADIENT:
-        grad_ptr = row_pointer(out_ptr, n, T, stride_out_b, stride_out_t)
+        grad_ptr = row_pointer(out_ptr, n, T, stride_out_b, stride_out_t, BWD_VEC)
         # clipped, zero-advantage and masked rows: their logits are not read a second time
         if (dlogp == 0.0) & (dentropy == 0.0):
-            store_zero_row(grad_ptr, V, BLOCK_V)
+            store_zero_row(grad_ptr, V, 0, V, BWD_STRIPS, THREADS, BWD_VEC)
         else:
             store_row_gradient(
                 row_ptr,
                 grad_ptr,
                 target,
                 V,
+                0,
+                V,
                 (logp, entropy, peak, log_sum),
                 (dlogp, 0.0, dentropy),
-                (scale, softcap, inv_temperature),
+                factors,
                 HAS_SOFTCAP,
-                HAS_ENTROPY,
-                BLOCK_V,
+                NEGATIVE,
+                False,
+                HAS_DENTROPY,
+                NARROW,
+                KEEP,
+                BWD_STRIPS,
+                THREADS,
+                BWD_VEC,
             )
 
 
@@ -254,6 +306,7 @@ def policy(
     inv_temperature: float | torch.Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
+    entropy: bool = True,
 ) -> None:
     """Fill terms (6, N) fp32 and, unless out is None, out (B, T, V) with dloss/dlogits.
 
@@ -271,16 +324,26 @@ def policy(
         rollout_logp: (N,) fp32, NaN where there is none; needs rollout_weight, which gets old_logp
             (else the token's own logp) - rollout_logp, rollout_bounds and rollout_mask.
         inv_temperature: one number, or (N,) fp32 with each row's own.
+        entropy: False leaves that term 0 where no entropy_coef needs it; no other bit changes.
     """
     assert rollout_logp is None or rollout_weight is not None
     B, T, V = logits.shape
     if B * T == 0:
         return
-    launch = row_launch(V)
     target = logits if out is None else out
+    narrow = target.element_size() < logits.element_size()
+    # few rows: the gradient too is shared between programs, but for one that goes over its logits
+    later = out is not None and not narrow and is_shared(logits)
+    saved = terms.new_empty(5, B * T) if later else None
+    has_entropy = entropy or entropy_coef != 0.0
     with torch.cuda.device_of(logits):
+        arguments = {
+            **row_arguments(logits, scale, softcap, inv_temperature),
+            **forward_launch(logits, softcap),
+        }
+        backward = gradient_launch(logits, target, softcap)
+        parts = row_parts(logits, ids, active, has_entropy, arguments)
         policy_kernel[(B * T,)](
-            logits_ptr=logits,
             ids_ptr=ids,
             active_ptr=active,
             old_logp_ptr=old_logp,
@@ -289,17 +352,13 @@ def policy(
             advantage_ptr=advantages,
             weight_ptr=weights,
             terms_ptr=terms,
+            parts_ptr=parts,
+            saved_ptr=saved,
             out_ptr=target,
-            T=T,
-            stride_b=logits.stride(0),
-            stride_t=logits.stride(1),
             stride_out_b=target.stride(0),
             stride_out_t=target.stride(1),
-            stride_terms=terms.stride(0),
-            V=V,
-            scale=float(scale),
-            softcap=0.0 if softcap is None else float(softcap),
-            **temperature_arguments(inv_temperature),
+            stride_stats=terms.stride(0),
+            stride_saved=B * T,
             param_a=float(parameters[0]),
             param_b=float(parameters[1]),
             param_c=float(parameters[2]),
@@ -317,13 +376,23 @@ def policy(
             WEIGHT_KL=weight_kl,
             ROLLOUT_MASK=rollout_logp is not None and rollout_mask,
             HAS_MASK=active is not None,
+            HAS_PARTS=parts is not None,
             HAS_OLD=old_logp is not None,
             HAS_REF=ref_logp is not None,
             HAS_ROLLOUT=rollout_logp is not None,
-            HAS_ENTROPY=entropy_coef != 0.0,
-            HAS_SOFTCAP=softcap is not None,
-            WRITE_GRADIENT=out is not None,
-            BLOCK_V=launch.BLOCK_V,
-            num_warps=launch.num_warps,
-            enable_fp_fusion=ENABLE_FP_FUSION,
+            HAS_ENTROPY=has_entropy,
+            HAS_DENTROPY=entropy_coef != 0.0,
+            WRITE_GRADIENT=out is not None and not later,
+            SAVE=later,
+            NARROW=narrow,
+            BWD_STRIPS=backward["STRIPS"],
+            BWD_VEC=backward["VEC"],
+            KEEP=out is not None and stays_in_l2(logits),
+            **arguments,
+        )
+    if later:
+        transform = {"inv_temperature": inv_temperature, "scale": scale, "softcap": softcap}
+        dentropy = saved[4] if entropy_coef != 0.0 else None
+        logprob_bwd(
+            logits, ids, saved[:4], terms[5], out, dentropy=dentropy, skip_zeros=True, **transform
         )

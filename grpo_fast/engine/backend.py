@@ -17,13 +17,15 @@ VARIABLE = "GRPO_FAST_BACKEND"
 
 
 class Backend(NamedTuple):
-    """The three row functions, from `kernels/` or `torch_backend.py`, and why these."""
+    """The three row functions and `scale`, from `kernels/` or `torch_backend.py`, and why these."""
 
     name: str
     reason: str
     logprob_fwd: Callable
     logprob_bwd: Callable
     policy: Callable
+    scale: Callable
+    """scale(x, factor, out): out = x * factor, in fp32; nothing where factor is 1 and out is x."""
 
 
 @functools.cache
@@ -72,10 +74,12 @@ def select(device: torch.device | str) -> Backend:
     if name == "torch":
         from . import torch_backend as rows
 
-        return Backend(name, reason, rows.logprob_fwd, rows.logprob_bwd, rows.policy)
-    from grpo_fast.kernels import logprob, policy
+        functions = (rows.logprob_fwd, rows.logprob_bwd, rows.policy, rows.scale)
+        return Backend(name, reason, *functions)
+    from grpo_fast.kernels import logprob, policy, scale
 
-    return Backend(name, reason, logprob.logprob_fwd, logprob.logprob_bwd, policy.policy)
+    functions = (logprob.logprob_fwd, logprob.logprob_bwd, policy.policy, scale.scale)
+    return Backend(name, reason, *functions)
 
 
 def explain(device: torch.device | str | None = None) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.checks import no_double_backward
+from grpo_fast.engine.backend import select
 
 
 class Done(NamedTuple):
@@ -67,24 +68,16 @@ class Attach(torch.autograd.Function):
         while gradients:
             grad = gradients.pop(0)
             dtype = ctx.dtypes[-1 - len(gradients)]
-            out.append(None if grad is None else _scaled(grad, factor).to(dtype))
+            out.append(None if grad is None else _scaled(grad, factor, dtype))
         return (None, None, None, None, *out)
 
 
-def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor in place: the buffer is ours, and a copy of dweight would double the peak.
-
-    Half precision goes through fp32, 256 rows at a time: a loss scale of 65536 is inf in fp16.
-    """
-    # reading the factor makes a GPU wait, and a CPU save a pass
-    if grad.is_cpu and factor.item() == 1.0:
-        return grad
-    if grad.dtype.itemsize >= 4:
-        return grad.mul_(factor.to(grad.dtype))
-    for plane in grad if grad.dim() == 3 else grad[None]:
-        for rows in plane.split(256):
-            rows.copy_(rows.float().mul_(factor))
-    return grad
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor in dtype, in place where it has that: the buffer is ours, and a copy of dweight
+    would double the peak."""
+    out = grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype)
+    select(grad.device).scale(grad, factor, out)
+    return out
 
 
 def _expected(upstream: Tensor, only: float) -> Tensor:

@@ -5,6 +5,7 @@ Runs without a GPU and without the interpreter; the toy kernels below show that 
 
 import functools
 import os
+import re
 
 import pytest
 
@@ -17,7 +18,7 @@ triton = pytest.importorskip("triton")
 import aot  # noqa: E402
 import aot_cases  # noqa: E402
 import triton.language as tl  # noqa: E402
-from aot_cases import CASES  # noqa: E402
+from aot_cases import CASES, FEW_ROWS  # noqa: E402
 
 from grpo_fast.objective import objectives  # noqa: E402
 from grpo_fast.presets import KL_ESTIMATORS, OBJECTIVES  # noqa: E402
@@ -69,7 +70,24 @@ def test_aligned_rows_are_read_128_bits_at_a_time(case):
 def test_one_pass_and_two_pass_routes_sum_a_row_in_the_same_order(forward, policy, target):
     # Otherwise the ratio of equal weights would not be exactly 1.
     layouts = compiled(forward, target).reductions
-    assert len(layouts) == 1 and layouts == compiled(policy, target).reductions
+    assert len(layouts) > 2 and layouts == compiled(policy, target).reductions
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("case", FEW_ROWS)
+def test_few_rows_fit_and_are_summed_in_the_same_order(case, target):
+    """What the programs of the segments and that of the row sum, one program does alike."""
+    results = aot.compile_launches(FEW_ROWS[case], target, case)
+    for result in results:
+        assert result.spill == 0 and result.narrow_offsets == []
+    parts, row, *gradient = results
+    assert parts.kernel == "row_parts_kernel"
+    assert [r.kernel for r in gradient] == ["logprob_bwd_kernel"] * ("extras" in case)
+    full = "full" in case
+    dtype = torch.float32 if "f32" in case else torch.bfloat16
+    V = int(re.search(r"V=(\d+)", case)[1])
+    alone = aot.compile_launch(lambda: aot_cases.forward(dtype, V, full=full), target)
+    assert parts.reductions | row.reductions == alone.reductions
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])

@@ -27,5 +27,5 @@ def accelerator(monkeypatch):
     def select(device):
         return kernels(device) if torch.device(device).type == "meta" else backend.select(device)
 
-    for name in ("loss.linear", "loss.logits", "engine.logprob"):
+    for name in ("loss.linear", "loss.logits", "loss.attach", "engine.logprob"):
         monkeypatch.setattr(sys.modules[f"grpo_fast.{name}"], "select", select)

@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import triton
-from aot_cases import CASES
+from aot_cases import CASES, FEW_ROWS
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -107,9 +107,20 @@ def compiling_for(gpu: GPUTarget) -> Iterator[list]:
 
 def compile_launch(launch: Callable[[], object], target: str, case: str = "") -> Compiled:
     """Compile the one kernel that `launch` launches for `TARGETS[target]`."""
+    (kernel,) = compile_launches(launch, target, case)
+    return kernel
+
+
+def compile_launches(
+    launch: Callable[[], object], target: str, case: str = ""
+) -> list[Compiled]:
+    """Compile every kernel that `launch` launches for `TARGETS[target]`."""
     with compiling_for(TARGETS[target].gpu) as kernels:
         launch()
-    (kernel,) = kernels
+    return [_read(kernel, target, case) for kernel in kernels]
+
+
+def _read(kernel, target: str, case: str) -> Compiled:
     usage = _nvidia_usage if "cubin" in kernel.asm else _amd_usage
     registers, spill, narrow_loads = usage(kernel.asm)
     return Compiled(
@@ -153,8 +164,23 @@ def _amd_usage(asm) -> tuple[int, int, int]:
 
 def _reductions(ttgir: str) -> frozenset[str]:
     layouts = dict(re.findall(r"^(#\w+) = (#ttg\.\w+<.*>)$", ttgir, re.MULTILINE))
-    inputs = re.findall(r"}\) : \(tensor<(\d+)x\w+, (#\w+)>[^)]*\) ->", ttgir)
-    return frozenset(f"{width} {layouts[name]}" for width, name in inputs)
+    inputs = re.findall(r"}\) : \(tensor<(\S+?), (#.*)>\) ->", ttgir)
+    return frozenset(f"{shape} {_threads(layout, layouts)}" for shape, layout in inputs)
+
+
+def _threads(layout: str, layouts: dict[str, str]) -> str:
+    """Elements of a thread, threads of a warp and warps, by dimension. A slice of a tile and a
+    vector that lie alike read alike."""
+    dropped = [int(dim) for dim in re.findall(r"dim = (\d)", layout)]
+    parent = layouts[re.search(r"#\w+(?=}|$)", layout)[0]]
+    spread = [
+        [int(x) for x in re.search(rf"{field} = \[([^]]*)]", parent)[1].split(", ")]
+        for field in ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
+    ]
+    # the innermost slice is dropped first
+    for dim in reversed(dropped):
+        spread = [[x for i, x in enumerate(sizes) if i != dim] for sizes in spread]
+    return str(spread)
 
 
 _NAME = r"%[\w.$-]+"
@@ -244,7 +270,13 @@ def table(results: list[Compiled]) -> str:
 def main() -> None:
     """Compile everything, print the table and the time it took."""
     start = time.perf_counter()
-    results = [compile_launch(CASES[case], target, case) for case in CASES for target in TARGETS]
+    every = {**CASES, **FEW_ROWS}
+    results = [
+        kernel
+        for case in every
+        for target in TARGETS
+        for kernel in compile_launches(every[case], target, case)
+    ]
     print(table(results))
     seconds = time.perf_counter() - start
     print(f"\n{len(results)} kernels, Triton {triton.__version__}, {seconds:.0f} s")

@@ -1,5 +1,5 @@
-"""The launches that `aot.py` compiles: the real launchers on three rows, in every shape that picks
-another kernel."""
+"""The launches that `aot.py` compiles: the real launchers on a chunk of rows, in every shape that
+picks another kernel."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ from grpo_fast.kernels import policy as one_pass
 from grpo_fast.objective import objectives
 from grpo_fast.presets import OBJECTIVES
 
-
-def _rows(dtype: torch.dtype, V: int):
-    """Logits of three rows, their ids, a mask, and fp32 vectors of the same length."""
-    ids = torch.zeros(3, dtype=torch.int64)
-    active = torch.ones(3, dtype=torch.bool)
-    return torch.empty(1, 3, V, dtype=dtype), ids, active, torch.zeros(3), torch.zeros(6, 3)
+ROWS = 2048
 
 
-def forward(dtype: torch.dtype, V: int, *, full: bool, by_row: bool = False) -> None:
-    logits, ids, active, vector, stats = _rows(dtype, V)
+def _rows(dtype: torch.dtype, V: int, n: int = ROWS):
+    """Logits of n rows, never touched, their ids, a mask, and fp32 vectors of the same length."""
+    ids = torch.zeros(n, dtype=torch.int64)
+    active = torch.ones(n, dtype=torch.bool)
+    return torch.empty(1, n, V, dtype=dtype), ids, active, torch.zeros(n), torch.zeros(6, n)
+
+
+def forward(
+    dtype: torch.dtype, V: int, *, full: bool, by_row: bool = False, entropy: bool = True, n=ROWS
+) -> None:
+    logits, ids, active, vector, stats = _rows(dtype, V, n)
     extra = {"active": active, "softcap": 30.0} if full else {}
     temperature = vector if by_row else 0.7
-    logprob.logprob_fwd(logits, ids, stats[:4], inv_temperature=temperature, **extra)
+    extra |= {"inv_temperature": temperature, "entropy": entropy}
+    logprob.logprob_fwd(logits, ids, stats[:4], **extra)
 
 
 def backward(
@@ -56,10 +61,11 @@ def policy(
     kl_gradient: Callable | None = None,
     rollout_mask: bool = False,
     out: torch.dtype | None = None,
+    n: int = ROWS,
 ) -> None:
     """full: mask, softcap, old and reference log-probs; extras: entropy bonus, rollout correction
     and a temperature for each row."""
-    logits, ids, active, vector, terms = _rows(dtype, V)
+    logits, ids, active, vector, terms = _rows(dtype, V, n)
     given = (
         {"active": active, "softcap": 30.0, "old_logp": vector, "ref_logp": vector} if full else {}
     )
@@ -137,14 +143,18 @@ def launch_rows(
 _F32, _BF16, _F16 = torch.float32, torch.bfloat16, torch.float16
 CASES: dict[str, Callable[[], None]] = {
     "fwd bf16 V=151936": lambda: forward(_BF16, 151936, full=False),
+    "fwd bf16 V=151936 no entropy": lambda: forward(_BF16, 151936, full=False, entropy=False),
+    "fwd f32 V=151936": lambda: forward(_F32, 151936, full=False),
     "fwd bf16 V=50257 full": lambda: forward(_BF16, 50257, full=True),
     "fwd f32 V=151936 full": lambda: forward(_F32, 151936, full=True),
     "fwd f16 V=500": lambda: forward(_F16, 500, full=False),
     "bwd bf16 V=151936 in place": lambda: backward(_BF16, 151936, full=False),
+    "bwd f32 V=151936, bf16 out": lambda: backward(_F32, 151936, full=False, out=_BF16),
     "bwd bf16 V=50257 full": lambda: backward(_BF16, 50257, full=True),
     "bwd f32 V=151936 full, bf16 out": lambda: backward(_F32, 151936, full=True, out=_BF16),
     "bwd f16 V=1000 full": lambda: backward(_F16, 1000, full=True),
     "policy bf16 V=151936 on-policy": lambda: policy(_BF16, 151936),
+    "policy bf16 V=32000": lambda: policy(_BF16, 32000),
     "policy bf16 V=50257 full": lambda: policy(_BF16, 50257, full=True),
     "policy f32 V=151936 full, bf16 out": lambda: policy(_F32, 151936, full=True, out=_BF16),
     "policy f32 V=151936 full": lambda: policy(_F32, 151936, full=True),
@@ -169,5 +179,17 @@ CASES: dict[str, Callable[[], None]] = {
         kl=objectives.absolute,
         kl_gradient=objectives.k2,
         rollout_mask=True,
+    ),
+}
+# a row of several segments, and fewer rows than the GPU has room for
+FEW_ROWS: dict[str, Callable[[], None]] = {
+    "fwd bf16 V=262144 of 64 rows": lambda: forward(_BF16, 262144, full=False, n=64),
+    "fwd bf16 V=262144 of 64 rows, no entropy": lambda: forward(
+        _BF16, 262144, full=False, entropy=False, n=64
+    ),
+    "fwd f32 V=151936 of 8 rows, full": lambda: forward(_F32, 151936, full=True, n=8),
+    "policy bf16 V=262144 of 64 rows, extras": lambda: policy(_BF16, 262144, extras=True, n=64),
+    "policy f32 V=151936 of 1 row, full, bf16 out": lambda: policy(
+        _F32, 151936, full=True, out=_BF16, n=1
     ),
 }

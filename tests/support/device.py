@@ -145,5 +145,5 @@ def launched(function):
 
 def kernels(device) -> Backend:
     """What `backend.select` gives for an accelerator, with the torch functions as its kernels."""
-    names = ("logprob_fwd", "logprob_bwd", "policy")
+    names = ("logprob_fwd", "logprob_bwd", "policy", "scale")
     return Backend("kernels", "a test", *(launched(getattr(torch_backend, n)) for n in names))
