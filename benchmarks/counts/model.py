@@ -1,0 +1,148 @@
+"""A kernel's machine code -> instructions and bytes per logit -> the share of the copy rate that
+they leave room for.
+
+    time per logit = max over pipes of (instructions / lanes per clock) / (SMs * clock * efficiency)
+                     against (bytes / copy rate)
+
+A launch that reads its rows and then reads and writes them is two passes, whose times add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .assembly import Instruction, by_pipe, widest
+from .compile import Kernel
+from .machines import Machine
+
+READ, REWRITE, WRITE = "read", "read and write", "write"
+# Share of the issue slots that a kernel fills. One public timing reaches all of them (`reported`).
+EFFICIENCY = 0.8
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One visit to the rows: its main loop, or the whole of a program that has no loop."""
+
+    kind: str
+    """`READ`, `REWRITE` or `WRITE`."""
+    logits: float
+    """Of one thread in one trip."""
+    threads: int
+    instructions: int
+    pipes: dict[str, int]
+    barriers: int
+    loads: dict[int, int]
+    """Bytes of a load -> how many of them a trip has."""
+    stores: dict[int, int]
+    looped: bool
+
+    @property
+    def per_logit(self) -> float:
+        """Instructions per logit."""
+        return self.instructions / self.logits
+
+    @property
+    def bytes_per_logit(self) -> float:
+        """Read and written."""
+        moved = sum(size * n for part in (self.loads, self.stores) for size, n in part.items())
+        return moved / self.logits
+
+    @property
+    def barriers_per_1024(self) -> float:
+        """Barriers of a program per 1,024 logits."""
+        return 1024 * self.barriers / (self.logits * self.threads)
+
+    def pipe(self, name: str) -> float:
+        """Instructions of one pipe per logit."""
+        return self.pipes.get(name, 0) / self.logits
+
+    def seconds(self, machine: Machine, efficiency: float, clock: float) -> float:
+        """Per logit, bound by the busiest of issue, FMA, ALU and MUFU; no memory."""
+        slots = machine.sms * clock * efficiency
+        issued = self.per_logit
+        if machine.warp == 64:
+            # scalar, memory and branch instructions of other waves start in the same clock
+            vector = ("fma", "alu", "mufu", "shuffle", "tensor")
+            issued = sum(self.pipe(name) for name in vector)
+        lanes = (
+            issued / machine.issue,
+            self.pipe("fma") / machine.fma,
+            self.pipe("alu") / machine.alu,
+            self.pipe("mufu") / machine.mufu,
+        )
+        return max(lanes) / slots
+
+
+def passes(
+    kernel: Kernel, itemsize: int, out_itemsize: int, logits: float, warp: int = 32
+) -> list[Pass]:
+    """The visits of a kernel to its rows, one of each kind, in the order in which they come.
+
+    Of several loops of a kind (before and behind the target's tile, a remainder) the one counts
+    that has most logits in a trip, and of equal ones the longest.
+
+    Args:
+        itemsize: bytes of a logit as read. out_itemsize: of its gradient.
+        logits: of all rows, shared out over programs and threads for a kernel without loops.
+    """
+    threads = kernel.num_warps * warp
+    found: dict[str, Pass] = {}
+    for loop in kernel.code.loops:
+        loaded, stored = sum(i.loads for i in loop), sum(i.stores for i in loop)
+        if not (loaded or stored):
+            continue
+        kind = (READ if not stored else REWRITE) if loaded else WRITE
+        size = itemsize if loaded else out_itemsize
+        one = _pass(kind, (loaded or stored) / size, threads, loop, True)
+        best = found.get(kind)
+        if best is None or (one.logits, one.instructions) > (best.logits, best.instructions):
+            found[kind] = one
+    if not found:
+        body = kernel.code.body
+        stored = max((i.stores for i in body), default=0)
+        kind = REWRITE if stored > 4 else READ
+        each = logits / kernel.programs / threads
+        return [_pass(kind, each, threads, body, False)]
+    return list(found.values())
+
+
+def _pass(
+    kind: str, logits: float, threads: int, code: Iterable[Instruction], looped: bool
+) -> Pass:
+    code = tuple(code)
+    pipes = by_pipe(code)
+    barriers = sum(i.opcode.startswith(("BAR", "s_barrier")) for i in code)
+    loads, stores = widest(code, lambda i: i.loads), widest(code, lambda i: i.stores)
+    if not looped:
+        # scalars of the row are no logits
+        loads = dict(list(loads.items())[:1])
+        stores = dict(list(stores.items())[:1]) if kind != READ else {}
+    return Pass(kind, logits, threads, len(code), pipes, barriers, loads, stores, looped)
+
+
+def share(
+    visits: Iterable[Pass], machine: Machine, efficiency: float = EFFICIENCY, boost: bool = False
+) -> float:
+    """Predicted share of the copy rate over some passes: their bytes, at the copy rate, over the
+    time that they take."""
+    clock = machine.boost if boost else machine.clock
+    moved = taken = 0.0
+    for visit in visits:
+        memory = visit.bytes_per_logit / machine.copy_rate
+        moved += memory
+        taken += max(memory, visit.seconds(machine, efficiency, clock))
+    return moved / taken
+
+
+def room(bytes_per_logit: float, machine: Machine, efficiency: float = 1.0) -> float:
+    """Instructions per logit that fit while a logit's bytes move at the copy rate."""
+    lanes = machine.sms * machine.clock * machine.issue * efficiency
+    return bytes_per_logit / machine.copy_rate * lanes
+
+
+def waves(kernel: Kernel, machine: Machine, programs: float) -> float:
+    """Rounds in which that many programs run; above 1, a fraction is time of idle SMs."""
+    resident = machine.resident(kernel.registers, kernel.num_warps, kernel.shared)
+    return programs / (resident * machine.sms)
