@@ -1,57 +1,82 @@
-"""`python -m benchmarks.counts [--kernel logprob_fwd] [--target sm_90] [--V 151936]`: print the
-counts of launches, without a GPU; `--write` makes the committed page of all of them."""
+"""Counts of launches, without a GPU.
+
+`python -m benchmarks.counts [--kernel logprob_fwd] [--target sm_90] [--V 151936]` prints those of
+ours whose name holds the text; `--peers` the other libraries'. `--rows FILE` keeps ours for another
+Triton; `--write FILE --with ROWS` writes the committed result and the page beside it.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 
-from .compile import TARGETS, compiled
-from .launches import Case, cases
-from .machines import MACHINES
-from .model import passes, share, waves
+import triton
 
-HEADER = (
-    "| launch | target | kernel | pass | instr | FMA | ALU | MUFU | LSU | shuffle | "
-    "barriers/1024 | B/logit | loads | warps | regs | spill | waves | share 80 % |"
-)
+from . import contestants, launches
+from .compile import TARGETS
+from .launches import Case
+from .page import count_rows, page, table
+from .records import Count, as_json, counts
+from .result import result
 
 
-def lines(case: Case, target: str) -> Iterator[str]:
-    """A row of Markdown for each pass of each kernel of a launch."""
-    machine = MACHINES[target]
-    for kernel in compiled(case.launch, target):
-        out = case.dtype if case.out is None else case.out
-        sizes = case.dtype.itemsize, out.itemsize
-        visits = passes(kernel, *sizes, case.rows * case.V, machine.warp)
-        for visit in visits:
-            pipes = " | ".join(
-                f"{visit.pipe(p):.2f}" for p in ("fma", "alu", "mufu", "lsu", "shuffle")
-            )
-            loads = ", ".join(f"{n} x {size}" for size, n in visit.loads.items())
-            yield (
-                f"| {case.name} | {target} | {kernel.name} | {visit.kind} | "
-                f"**{visit.per_logit:.2f}** | {pipes} | {visit.barriers_per_1024:.2f} | "
-                f"{visit.bytes_per_logit:.2f} | {loads} | {kernel.num_warps} | "
-                f"{kernel.registers} | {kernel.spill} | "
-                f"{waves(kernel, machine, kernel.programs):.2f} | "
-                f"{100 * share([visit], machine):.0f} % |"
-            )
+def collect(
+    cases: Iterable[Case], targets: Iterable[str], progress: bool
+) -> tuple[list[Count], list[dict[str, str]]]:
+    """The counts of cases, and those that could not be counted with the reason."""
+    found: list[Count] = []
+    skipped: list[dict[str, str]] = []
+    targets = list(targets)
+    for case in cases:
+        for target in targets:
+            if progress:
+                print(f"{target} {case.contestant} {case.name}", file=sys.stderr, flush=True)
+            try:
+                found += counts(case, target)
+            # Boundary: what another library raises on a CPU is its own; ours has to compile.
+            except Exception as error:
+                if case.contestant == launches.OURS:
+                    raise
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                skipped.append(
+                    {"contestant": case.contestant, "launch": case.name, "reason": reason}
+                )
+    return found, skipped
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernel", default="", help="text that the name of the launch contains")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kernel", default="", help="text that the name of the launch holds")
     parser.add_argument("--target", choices=sorted(TARGETS), action="append")
-    parser.add_argument("--V", type=int)
+    parser.add_argument("--V", type=int, help="this vocabulary alone")
+    parser.add_argument("--peers", action="store_true", help="the other libraries'")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="write ours, all targets")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the result and its page")
+    parser.add_argument("--with", dest="others", type=Path, action="append", default=[])
     given = parser.parse_args()
-    print(HEADER)
-    print("|" + " --- |" * HEADER.count(" | ") + " --- |")
-    for case in cases():
-        if given.kernel in case.name and given.V in (None, case.V):
-            for target in given.target or ["sm_90"]:
-                for line in lines(case, target):
-                    print(line, flush=True)
+    whole = given.rows or given.write
+    targets = given.target or (list(TARGETS) if whole else ["sm_90"])
+    if given.rows:
+        ours, _ = collect(launches.cases(), targets, True)
+        given.rows.write_text(json.dumps({triton.__version__: as_json(ours)}), encoding="utf-8")
+    elif given.write:
+        ours, _ = collect(launches.cases(), targets, True)
+        theirs, skipped = collect(contestants.cases(), ["sm_90"], True)
+        data = result(ours, theirs, skipped, given.others)
+        given.write.parent.mkdir(parents=True, exist_ok=True)
+        given.write.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        given.write.with_suffix(".md").write_text(page(data), encoding="utf-8")
+    else:
+        cases = contestants.cases() if given.peers else launches.cases()
+        wanted = [c for c in cases if given.kernel in c.name and given.V in (None, c.V)]
+        found, skipped = collect(wanted, targets, False)
+        print("\n".join(table(*count_rows(found))))
+        print("\n".join(f"not counted: {' '.join(entry.values())}" for entry in skipped))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ class Case:
         types = _NAMES[self.dtype] + (
             f" -> {_NAMES[self.out]}" if self.out not in (None, self.dtype) else ""
         )
-        rows = "" if self.rows == ROWS else f" rows={self.rows}"
+        few = self.contestant == OURS and self.rows != ROWS
+        rows = f" rows={self.rows}" if few else ""
         options = f" {self.options}" if self.options else ""
         return f"{self.kernel} {types} V={self.V}{rows}{options}"
 

@@ -17,6 +17,8 @@ from .compile import Kernel
 from .machines import Machine
 
 READ, REWRITE, WRITE = "read", "read and write", "write"
+# Row work of a kernel that makes the logits itself, beside its products; nothing of them moves.
+BESIDE = "beside the products"
 # Share of the issue slots that a kernel fills. One public timing reaches all of them (`reported`).
 EFFICIENCY = 0.8
 
@@ -26,7 +28,7 @@ class Pass:
     """One visit to the rows: its main loop, or the whole of a program that has no loop."""
 
     kind: str
-    """`READ`, `REWRITE` or `WRITE`."""
+    """`READ`, `REWRITE`, `WRITE` or `BESIDE`."""
     logits: float
     """Of one thread in one trip."""
     threads: int
@@ -35,19 +37,14 @@ class Pass:
     barriers: int
     loads: dict[int, int]
     """Bytes of a load -> how many of them a trip has."""
-    stores: dict[int, int]
+    bytes_per_logit: float
+    """Read and written."""
     looped: bool
 
     @property
     def per_logit(self) -> float:
         """Instructions per logit."""
         return self.instructions / self.logits
-
-    @property
-    def bytes_per_logit(self) -> float:
-        """Read and written."""
-        moved = sum(size * n for part in (self.loads, self.stores) for size, n in part.items())
-        return moved / self.logits
 
     @property
     def barriers_per_1024(self) -> float:
@@ -81,13 +78,17 @@ def passes(
     """The visits of a kernel to its rows, one of each kind, in the order in which they come.
 
     Of several loops of a kind (before and behind the target's tile, a remainder) the one counts
-    that has most logits in a trip, and of equal ones the longest.
+    that has most logits in a trip, and of equal ones the longest. Where a kernel multiplies
+    matrices, what stands outside its loops is its row work.
 
     Args:
         itemsize: bytes of a logit as read. out_itemsize: of its gradient.
         logits: of all rows, shared out over programs and threads for a kernel without loops.
     """
     threads = kernel.num_warps * warp
+    each = logits / kernel.programs / threads
+    if any(i.pipe == "tensor" for loop in kernel.code.loops for i in loop):
+        return [_pass(BESIDE, each, threads, kernel.code.outside, 0.0, False)]
     found: dict[str, Pass] = {}
     for loop in kernel.code.loops:
         loaded, stored = sum(i.loads for i in loop), sum(i.stores for i in loop)
@@ -95,31 +96,35 @@ def passes(
             continue
         kind = (READ if not stored else REWRITE) if loaded else WRITE
         size = itemsize if loaded else out_itemsize
-        one = _pass(kind, (loaded or stored) / size, threads, loop, True)
+        width = (loaded or stored) / size
+        one = _pass(kind, width, threads, loop, (loaded + stored) / width, True)
         best = found.get(kind)
         if best is None or (one.logits, one.instructions) > (best.logits, best.instructions):
             found[kind] = one
     if not found:
         body = kernel.code.body
         stored = max((i.stores for i in body), default=0)
-        kind = REWRITE if stored > 4 else READ
-        each = logits / kernel.programs / threads
-        return [_pass(kind, each, threads, body, False)]
+        # statistics of a row are stored one at a time, a gradient in wide stores
+        kind, moved = (REWRITE, itemsize + out_itemsize) if stored > 4 else (READ, itemsize)
+        return [_pass(kind, each, threads, body, moved, False)]
     return list(found.values())
 
 
 def _pass(
-    kind: str, logits: float, threads: int, code: Iterable[Instruction], looped: bool
+    kind: str,
+    logits: float,
+    threads: int,
+    code: Iterable[Instruction],
+    moved: float,
+    looped: bool,
 ) -> Pass:
     code = tuple(code)
-    pipes = by_pipe(code)
     barriers = sum(i.opcode.startswith(("BAR", "s_barrier")) for i in code)
-    loads, stores = widest(code, lambda i: i.loads), widest(code, lambda i: i.stores)
+    loads = widest(code, lambda i: i.loads)
     if not looped:
-        # scalars of the row are no logits
-        loads = dict(list(loads.items())[:1])
-        stores = dict(list(stores.items())[:1]) if kind != READ else {}
-    return Pass(kind, logits, threads, len(code), pipes, barriers, loads, stores, looped)
+        # the others are scalars of the row
+        loads = dict(list(loads.items())[:1]) if moved else {}
+    return Pass(kind, logits, threads, len(code), by_pipe(code), barriers, loads, moved, looped)
 
 
 def share(

@@ -1,0 +1,120 @@
+"""What floors.json holds, and reading it back."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from . import linear
+from .compile import CUOBJDUMP
+from .machines import MACHINES
+from .records import Count, as_json
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("liger-kernel", "trl", "flash-attn", "cut-cross-entropy")
+
+
+def result(
+    ours: Iterable[Count],
+    theirs: Iterable[Count],
+    skipped: list[dict[str, str]],
+    others: Iterable[Path],
+) -> dict[str, Any]:
+    """Everything of a run. others: files of `--rows`, ours with another Triton."""
+    runs = {triton.__version__: as_json(ours)}
+    for path in others:
+        runs |= json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", "grpo_fast", "kernels", "benchmarks")),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
+        "versions": _versions(),
+        "machines": {target: asdict(machine) for target, machine in MACHINES.items()},
+        "ours": runs,
+        "peers": as_json(theirs),
+        "skipped": skipped,
+        "linear": _linear(),
+    }
+
+
+def read(entries: Iterable[dict[str, Any]]) -> list[Count]:
+    """Counts of a file.
+
+    Raises:
+        ValueError: an entry has other fields than a count of this version.
+    """
+    names = {field.name for field in fields(Count)}
+    out = []
+    for entry in entries:
+        if set(entry) != names:
+            different = ", ".join(sorted(names ^ set(entry)))
+            raise ValueError(f"counts: expected the fields of this version, {different} differ")
+        out.append(Count(**entry))
+    return out
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return "" if done.returncode else done.stdout.strip()
+
+
+def _versions() -> dict[str, str]:
+    text = subprocess.run(
+        [str(CUOBJDUMP.with_name("ptxas")), "--version"], capture_output=True, text=True
+    ).stdout
+    ptxas = re.search(r"V([\d.]+)", text)
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "ptxas": ptxas[1] if ptxas else "unknown",
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _linear() -> dict[str, Any]:
+    shape, rates = linear.Shape(), linear.Rates()
+    designs = []
+    for design in linear.DESIGNS:
+        best, worst = linear.shares(shape, design, rates)
+        designs.append(
+            {
+                **asdict(design),
+                "chunks": linear.chunks(shape, design),
+                "terms": [asdict(term) for term in linear.terms(shape, design, rates)],
+                "share_hidden": best,
+                "share_none_hidden": worst,
+                "peak_bytes": linear.peak_bytes(shape, design),
+            }
+        )
+    return {
+        "shape": asdict(shape),
+        "rates": asdict(rates),
+        "floor": linear.floor(shape, rates),
+        "designs": designs,
+        "from_logits": {
+            f"factor {factor} B, rows {row} B": linear.from_logits(shape, rates, factor, row)
+            for factor in (20, 4, 0)
+            for row in (6, 4)
+        },
+    }
