@@ -18,9 +18,10 @@ import triton
 from . import contestants, launches
 from .compile import TARGETS
 from .launches import Case
-from .page import count_rows, page, table
+from .page import count_rows, page
 from .records import Count, as_json, counts
-from .result import result
+from .result import result, text
+from .tables import table
 
 
 def collect(
@@ -69,7 +70,7 @@ def main() -> None:
         theirs, skipped = collect(contestants.cases(), ["sm_90"], True)
         data = result(ours, theirs, skipped, given.others)
         given.write.parent.mkdir(parents=True, exist_ok=True)
-        given.write.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        given.write.write_text(text(data), encoding="utf-8")
         given.write.with_suffix(".md").write_text(page(data), encoding="utf-8")
     else:
         cases = contestants.cases() if given.peers else launches.cases()

@@ -56,6 +56,8 @@ class Instruction:
     """Bytes that a thread writes to global memory."""
     jump: int | None = None
     """Where a branch goes."""
+    always: bool = False
+    """Nothing behind it is reached from it: an unconditional branch, an end."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ def by_pipe(instructions: Iterable[Instruction]) -> dict[str, int]:
 def parse(text: str) -> Code:
     """Instructions and innermost loops of one kernel, SASS or amdgcn.
 
-    A loop is what lies between a backward branch and its target. The jump to itself behind the
-    last instruction of a SASS function is none, nor are the NOPs behind that.
+    A loop is what lies on a way from the target of a backward branch to that branch, wherever it
+    stands in the text, and holds no other loop. The jump to itself behind the last instruction of
+    a SASS function is none, nor are the NOPs behind that.
 
     Raises:
         ValueError: the text holds no instruction.
@@ -94,26 +97,53 @@ def parse(text: str) -> Code:
 
 
 def _innermost(body: list[Instruction]) -> list[tuple[Instruction, ...]]:
-    ends: dict[int, int] = {}
-    for i in body:
-        if i.jump is not None and i.jump < i.address:
-            ends[i.jump] = max(i.address, ends.get(i.jump, 0))
-    spans = sorted(ends.items())
+    place = {i.address: k for k, i in enumerate(body)}
+    after: list[list[int]] = []
+    for k, i in enumerate(body):
+        ways = [] if i.always or k + 1 == len(body) else [k + 1]
+        ways += [place[i.jump]] if i.jump in place else []
+        after.append(ways)
+    before: list[list[int]] = [[] for _ in body]
+    for k, ways in enumerate(after):
+        for way in ways:
+            before[way].append(k)
+    loops: dict[int, set[int]] = {}
+    for k, ways in enumerate(after):
+        for head in ways:
+            # a jump back to a block that two branches share is no loop: it never comes round
+            if head <= k and k in (ahead := _reached(head, after, head)):
+                behind = _reached(k, before, head)
+                loops.setdefault(head, set()).update((ahead & behind) | {head, k})
     inner = [
-        (start, end)
-        for start, end in spans
-        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in spans)
+        inside
+        for head, inside in loops.items()
+        if not any(other in inside and other != head for other in loops)
     ]
-    return [tuple(i for i in body if start <= i.address <= end) for start, end in inner]
+    return [tuple(body[k] for k in sorted(inside)) for inside in inner]
+
+
+def _reached(start: int, ways: list[list[int]], stop: int) -> set[int]:
+    """What can be reached from start, not through stop."""
+    seen, waiting = {start}, [start]
+    while waiting:
+        here = waiting.pop()
+        if here == stop and here != start:
+            continue
+        for there in ways[here]:
+            if there not in seen:
+                seen.add(there)
+                waiting.append(there)
+    return seen
 
 
 def _sass(text: str) -> list[Instruction]:
-    line = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]\s+)?([A-Z][\w.]*)\s*([^;]*);")
+    # with Triton 3.6 lines of sm_120 end in scheduling notes, `?trans1`, before the semicolon
+    line = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P[T\d]\s+)?([A-Z][\w.]*)[^\S\n]*([^;/]*)")
     body: list[Instruction] = []
     for match in filter(None, map(line.match, text.splitlines())):
-        address, opcode, operands = int(match[1], 16), match[2], match[3]
+        address, guard, opcode, operands = int(match[1], 16), *match.groups()[1:]
         base = opcode.split(".")[0]
-        jump = re.search(r"0x([0-9a-f]+)\s*$", operands) if base == "BRA" else None
+        jump = re.search(r"0x([0-9a-f]+)", operands) if base == "BRA" else None
         if jump and int(jump[1], 16) == address:
             break
         width = _sass_width(opcode)
@@ -125,6 +155,9 @@ def _sass(text: str) -> list[Instruction]:
                 loads=width if base in ("LDG", "LDGSTS") else 0,
                 stores=width if base == "STG" else 0,
                 jump=int(jump[1], 16) if jump else None,
+                # BRA.U !UP0, 0x10 has its condition among the operands
+                always=not guard
+                and (base == "EXIT" or (bool(jump) and not re.match("!?U?P", operands))),
             )
         )
     return body
@@ -163,6 +196,7 @@ def _amdgcn(text: str) -> list[Instruction]:
                 loads=width if memory and memory[1] == "load" else 0,
                 stores=width if memory and memory[1] == "store" else 0,
                 jump=labels.get(branch[1]) if branch else None,
+                always=opcode in ("s_branch", "s_endpgm"),
             )
         )
     return body

@@ -5,6 +5,7 @@ The logits are allocated and never touched.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -68,6 +69,8 @@ class Rows:
         given: dict[str, object] = {"inv_temperature": self.vector if "by-row" in words else 0.7}
         if "softcap" in words:
             given["softcap"] = 30.0
+        if "no entropy" in names:
+            given["entropy"] = False
         if "mask" in words:
             given["active"] = self.active
         return given
@@ -128,6 +131,8 @@ _AT_WIDE = (
     ("logprob_fwd", _BF16, None, ""),
     ("logprob_fwd", _F16, None, ""),
     ("logprob_fwd", _F32, None, ""),
+    ("logprob_fwd", _BF16, None, "no entropy"),
+    ("logprob_fwd", _F32, None, "no entropy"),
     ("logprob_fwd", _BF16, None, "by-row mask"),
     ("logprob_fwd", _BF16, None, "softcap"),
     ("logprob_bwd", _BF16, _BF16, ""),
@@ -139,8 +144,8 @@ _AT_WIDE = (
     ("logprob_bwd", _F32, _BF16, "dentropy"),
     ("logprob_bwd", _BF16, _BF16, "by-row mask"),
     ("logprob_bwd", _BF16, _BF16, "softcap"),
-    ("policy", _BF16, None, "off-policy"),
-    ("policy", _F32, None, "off-policy"),
+    ("policy", _BF16, None, "off-policy no gradient"),
+    ("policy", _F32, None, "off-policy no gradient"),
     ("policy", _BF16, _BF16, ""),
     ("policy", _BF16, _BF16, "off-policy by-row mask"),
     ("policy", _F16, _F16, "off-policy"),
@@ -182,8 +187,10 @@ def _case(
 
 def cases() -> Iterator[Case]:
     """All of ours."""
+    has_switch = "entropy" in inspect.signature(logprob.logprob_fwd).parameters
     for row in _AT_WIDE:
-        yield _case(*row)
+        if has_switch or "no entropy" not in row:
+            yield _case(*row)
     for V in OTHER_VOCABULARIES:
         for row in _ELSEWHERE:
             yield _case(*row, V=V)

@@ -8,10 +8,11 @@ from typing import Any
 
 from . import reported
 from .launches import OURS, WIDE
-from .machines import MACHINES
-from .model import READ, REWRITE, WRITE, room
-from .records import Count, rows_in_flight, whole
-from .result import read
+from .linear_page import linear_lines
+from .machines import H100_COPY_RATE, MACHINES
+from .model import BESIDE, READ, REWRITE, WRITE, room
+from .records import Count, from_json, launch_ms, rows_in_flight, whole
+from .tables import percent, table
 
 HOW_TO_READ = """\
 - Nothing here was timed. The kernels are compiled for GPUs that are not at hand, disassembled, and
@@ -24,21 +25,22 @@ HOW_TO_READ = """\
 - Share: of the rate at which this GPU copies memory, as the busiest of issue, FMA, ALU and MUFU
   allows; 100 % means bound by memory. A real streaming kernel then still loses 5 to 12 % to DRAM
   and to the end of the launch.
-- `write` is the row of zeros of a token without a gradient; it takes the place of the other pass."""
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
-    """The lines of a Markdown table."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return [
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    ]
-
-
-def percent(value: float | None) -> str:
-    """87 %, or a dash."""
-    return "-" if value is None else f"{100 * value:.0f} %"
+- `write` is the row of zeros of a token without a gradient; it takes the place of the other
+  pass. `beside the products`: row work of a kernel that makes the logits itself, all branches
+  counted."""
+_COUNT = (
+    "launch,target,kernel,pass,instructions,FMA,ALU,MUFU,LSU,shuffle,other,barriers,outside,B,"
+    "loads,warps,registers,spill B,waves,80 % issue,100 %,100 % at boost"
+)
+_MACHINE = (
+    "target,GPU,SMs,clock GHz,boost GHz,copy TB/s,L2 MiB,issue,FMA,ALU,MUFU,room bf16 read,"
+    "room fp32 read"
+)
+_LAUNCH = (
+    "launch,B,80 % issue,100 %,100 % at boost,rows in flight MiB,second read in L2,"
+    "ms of 8192 rows at 80 %,with the second read in L2"
+)
+_REPORTED = "source,GPU,what,size,reported ms,counted ms,memory ms,note"
 
 
 def _pipe(count: Count, *names: str) -> str:
@@ -47,10 +49,6 @@ def _pipe(count: Count, *names: str) -> str:
 
 def count_rows(counts: Iterable[Count]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the full table."""
-    header = (
-        "launch,target,kernel,pass,instructions,FMA,ALU,MUFU,LSU,shuffle,other,barriers,outside,"
-        "B,loads,warps,registers,spill B,waves,80 % issue,100 %,100 % at boost"
-    ).split(",")
     rows = []
     for c in counts:
         loads = ", ".join(f"{n} x {size} B" for size, n in c.loads.items())
@@ -76,7 +74,7 @@ def count_rows(counts: Iterable[Count]) -> tuple[list[str], list[list[str]]]:
                 percent(c.share_boost),
             ]
         )
-    return header, rows
+    return _COUNT.split(","), rows
 
 
 def _head(data: dict[str, Any]) -> list[str]:
@@ -103,10 +101,6 @@ def _head(data: dict[str, Any]) -> list[str]:
 
 
 def _assumptions() -> list[str]:
-    header = (
-        "target,GPU,SMs,clock GHz,boost GHz,copy TB/s,L2 MiB,issue,FMA,ALU,MUFU,"
-        "room bf16 read,room fp32 read"
-    ).split(",")
     rows = [
         [
             m.target,
@@ -132,7 +126,7 @@ def _assumptions() -> list[str]:
         "moves at the copy rate, every slot filled. On gfx942 issue counts vector instructions "
         "alone: the others start beside them.",
         "",
-        *table(header, rows),
+        *table(_MACHINE.split(","), rows),
         "",
     ]
 
@@ -147,33 +141,48 @@ _CONTESTS = (
 
 
 def _contests(ours: list[Count], peers: list[Count]) -> list[str]:
-    names = sorted({f"{c.contestant} {c.launch.split()[0]}" for c in peers})
+    names = sorted({_name(c) for c in peers if c.kind != BESIDE})
     rows = []
     for title, kind, launch, dtype in _CONTESTS:
         mine = [
-            c.instructions
+            c
             for c in ours
-            if c.target == "sm_90" and c.kind == kind and c.launch.split(" entropy")[0] == launch
+            if c.target == "sm_90"
+            and c.kind == kind
+            and c.launch.replace(" no entropy", "").replace(" dentropy", "") == launch
         ]
-        line = [title, " / ".join(f"**{value:.2f}**" for value in mine) or "-"]
-        for name in names:
-            found = {
-                f"{c.instructions:.2f}" + (" (entropy)" if "dentropy" in c.launch else "")
-                for c in peers
-                if f"{c.contestant} {c.launch.split()[0]}" == name
-                and c.kind == kind
-                and dtype in c.launch
-            }
-            line.append(" / ".join(sorted(found)) or "-")
-        rows.append(line)
+        theirs = [c for c in peers if c.kind == kind and dtype in c.launch]
+        least = min((c.instructions for c in theirs), default=None)
+        line = [title, _values(mine), f"{least:.2f}" if least else "-"]
+        rows.append([*line, *(_values([c for c in theirs if _name(c) == name]) for name in names)])
     return [
         "## Beside other libraries, sm_90",
         "",
-        "Instructions per logit. An entry with (entropy) also makes or takes the entropy's gradient.",
+        "Instructions per logit. With (e): the entropy is made, or its gradient taken, too.",
         "",
-        *table(("pass", OURS, *names), rows),
+        *table(("pass", OURS, "least of the others", *names), rows),
         "",
     ]
+
+
+def _name(count: Count) -> str:
+    return f"{count.contestant} {count.launch.split()[0]}"
+
+
+def _has_entropy(count: Count) -> bool:
+    """Whether the pass makes the entropy, or takes its gradient."""
+    if count.kind == REWRITE:
+        return "dentropy" in count.launch
+    if count.contestant == OURS:
+        return "no entropy" not in count.launch
+    # one of TRL's makes it always
+    return "dentropy" in count.launch or count.launch.startswith("logprob_entropy")
+
+
+def _values(counts: list[Count]) -> str:
+    """12.1 / 15.0 (e), each once."""
+    values = {f"{c.instructions:.2f}{' (e)' * _has_entropy(c)}" for c in counts}
+    return " / ".join(sorted(values)) or "-"
 
 
 def _launches(ours: list[Count]) -> list[str]:
@@ -181,9 +190,7 @@ def _launches(ours: list[Count]) -> list[str]:
     rows = []
     for (launch, target), group in groupby(ours, key=lambda c: (c.launch, c.target)):
         both = list(group)
-        if target != "sm_90" or f"V={WIDE}" not in launch:
-            continue
-        if whole(both, 0.8) is None:
+        if target != "sm_90" or f"V={WIDE}" not in launch or whole(both, 0.8) is None:
             continue
         reads = next(c for c in both if c.kind == READ)
         flight = rows_in_flight(reads, round(reads.bytes), WIDE)
@@ -197,16 +204,17 @@ def _launches(ours: list[Count]) -> list[str]:
                 percent(whole(both, 1.0, boost=True)),
                 f"{flight / 2**20:.0f} of {l2 >> 20}",
                 "yes" if flight <= l2 else "no",
+                f"{launch_ms(both, second_read_in_l2=False):.2f}",
+                f"{launch_ms(both, second_read_in_l2=True):.2f}",
             ]
         )
-    header = "launch,B,80 % issue,100 %,100 % at boost,rows in flight MiB,second read in L2"
     return [
         "## Launches of two passes, sm_90",
         "",
-        "Log-prob, loss and gradient in one launch: the rows are read, then read and written. Where "
-        "the rows in flight fit L2 the second read need not come from memory.",
+        "Log-prob, loss and gradient in one launch: the rows are read, then read and written. "
+        "Where the rows in flight fit L2 the second read need not come from memory.",
         "",
-        *table(header.split(","), rows),
+        *table(_LAUNCH.split(","), rows),
         "",
     ]
 
@@ -217,9 +225,8 @@ def _targets(runs: dict[str, list[Count]]) -> list[str]:
     cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     for version, counts in runs.items():
         for c in counts:
-            text = f"{c.instructions:.1f}, {c.registers}" + (
-                f", spill {c.spill}" if c.spill else ""
-            )
+            spill = f", spill {c.spill}" if c.spill else ""
+            text = f"{c.instructions:.1f}, {c.registers}{spill}"
             cells.setdefault((c.launch, c.kind), {})[version, c.target] = text
     rows = [[*key, *(found.get(column, "-") for column in columns)] for key, found in cells.items()]
     header = ["launch", "pass", *(f"{target}, {version}" for version, target in columns)]
@@ -231,57 +238,6 @@ def _targets(runs: dict[str, list[Count]]) -> list[str]:
         *table(header, rows),
         "",
     ]
-
-
-def _linear(data: dict[str, Any]) -> list[str]:
-    linear = data["linear"]
-    shape, rates = linear["shape"], linear["rates"]
-    lines = [
-        "## The linear path",
-        "",
-        f"N = {shape['N']}, H = {shape['H']}, V = {shape['V']}, trainable head, bf16 operands, one "
-        f"pass, at {rates['flops'] / 1e12:g} TFLOP/s and {rates['copy'] / 1e12:g} TB/s. The floor, "
-        f"6NHV, is {1e3 * linear['floor']:.1f} ms. Two times for each term: traffic that a product "
-        "may hide behind its arithmetic, hidden, and not.",
-        "",
-    ]
-    rows = []
-    for design in linear["designs"]:
-        least = sum(term["least"] for term in design["terms"])
-        most = sum(term["most"] for term in design["terms"])
-        rows.append(
-            [
-                design["name"],
-                " + ".join(map(str, design["chunks"])),
-                f"{1e3 * least:.1f} to {1e3 * most:.1f}",
-                f"**{percent(design['share_hidden'])} to {percent(design['share_none_hidden'])}**",
-                f"{sum(design['peak_bytes'].values()) / 1e9:.2f}",
-            ]
-        )
-    lines += [*table(("design", "chunks", "ms", "share of the floor", "peak GB"), rows), ""]
-    for design in linear["designs"]:
-        lines += [f"### {design['name']}", ""]
-        terms = [
-            (t["what"], t["formula"], f"{1e3 * t['least']:.2f}", f"{1e3 * t['most']:.2f}")
-            for t in design["terms"]
-        ]
-        lines += [*table(("term", "bytes or FLOPs", "ms, hidden", "ms, not hidden"), terms), ""]
-        held = ", ".join(f"{k} {v / 1e9:.2f} GB" for k, v in design["peak_bytes"].items())
-        lines += [f"Held when dW is finished: {held}.", ""]
-    lines += [
-        "## From logits",
-        "",
-        f"bf16, N = {shape['N']}, V = {shape['V']}: the row kernel and the upstream factor. 20 B "
-        "per logit: through fp32 in blocks; 4: in one pass; 0: it is 1. Rows of 4 B: the second "
-        "read hits L2.",
-        "",
-        *table(
-            ("bytes per logit", "ms"),
-            ((name, f"{1e3 * t:.2f}") for name, t in linear["from_logits"].items()),
-        ),
-        "",
-    ]
-    return lines
 
 
 def _reported(peers: list[Count]) -> list[str]:
@@ -298,22 +254,22 @@ def _reported(peers: list[Count]) -> list[str]:
         )
         for timing, issue, memory in reported.held(peers)
     ]
-    header = "source,GPU,what,size,reported ms,counted ms of issue at boost,ms of memory at 3.0 TB/s,note"
     return [
         "## Counted beside reported",
         "",
-        "The longer of the two counted times is the model's; every slot filled.",
+        "The longer of the two times is the model's: issue with every slot filled at boost clock, "
+        f"and memory at {H100_COPY_RATE / 1e12:g} TB/s.",
         "",
-        *table(header.split(","), rows),
+        *table(_REPORTED.split(","), rows),
         "",
     ]
 
 
 def page(data: dict[str, Any]) -> str:
     """The page of a result."""
-    runs = {version: read(entries) for version, entries in data["ours"].items()}
+    runs = {version: from_json(entries) for version, entries in data["ours"].items()}
     ours = next(iter(runs.values()))
-    peers = read(data["peers"])
+    peers = from_json(data["peers"])
     lines = _head(data)
     lines += _contests(ours, peers)
     lines += _launches(ours)
@@ -327,6 +283,6 @@ def page(data: dict[str, Any]) -> str:
         lines += [""]
     lines += _targets(runs)
     lines += _reported(peers)
-    lines += _linear(data)
+    lines += linear_lines(data["linear"])
     lines += _assumptions()
     return "\n".join(lines).rstrip() + "\n"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 from .assembly import PIPES
 from .compile import Kernel, compiled
 from .contestants import NO_LOGITS
 from .launches import OURS, ROWS, Case
 from .machines import MACHINES, Machine
-from .model import BESIDE, READ, REWRITE, Pass, passes, share, waves
+from .model import BESIDE, EFFICIENCY, READ, REWRITE, Pass, passes, share, waves
 
 
 @dataclass(frozen=True)
@@ -119,18 +119,46 @@ def whole(counts: Iterable[Count], efficiency: float, boost: bool = False) -> fl
     return moved / sum(c.bytes / getattr(c, field) for c in visits.values())
 
 
+def launch_ms(counts: Iterable[Count], second_read_in_l2: bool) -> float:
+    """Milliseconds of `TIMED_LOGITS` through a launch of two passes, at 80 % issue."""
+    visits = {c.kind: c for c in counts if c.kind in (READ, REWRITE)}
+    total = 0.0
+    for kind, count in visits.items():
+        machine = MACHINES[count.target]
+        issue = count.issue_ms * machine.boost / machine.clock / EFFICIENCY
+        from_l2 = visits[READ].bytes if second_read_in_l2 and kind == REWRITE else 0.0
+        moved = (count.bytes - from_l2) * TIMED_LOGITS
+        total += max(issue, 1e3 * moved / machine.copy_rate)
+    return total
+
+
 def rows_in_flight(count: Count, itemsize: int, V: int) -> float:
     """Bytes of the rows that programs beside each other are working on, one program a row."""
     machine = MACHINES[count.target]
     return min(count.resident * machine.sms, count.programs) * V * itemsize
 
 
-def as_json(counts: Iterable[Count]) -> list[dict[str, object]]:
-    """For a file; numbers to four digits behind the point."""
+def as_json(counts: Iterable[Count]) -> dict[str, list[object]]:
+    """For a file: the names of the fields and a row for each count, numbers to three digits behind
+    the point."""
 
     def short(value: object) -> object:
         if isinstance(value, float):
-            return round(value, 4)
+            return round(value, 3)
         return {k: short(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    return [{k: short(v) for k, v in asdict(c).items()} for c in counts]
+    names = [field.name for field in fields(Count)]
+    return {"fields": names, "rows": [[short(getattr(c, n)) for n in names] for c in counts]}
+
+
+def from_json(data: dict[str, list]) -> list[Count]:
+    """Counts of a file.
+
+    Raises:
+        ValueError: the file has other fields than a count of this version.
+    """
+    names = [field.name for field in fields(Count)]
+    if data["fields"] != names:
+        different = ", ".join(sorted(set(names) ^ set(data["fields"])))
+        raise ValueError(f"counts: expected the fields of this version, got others: {different}")
+    return [Count(**dict(zip(names, row, strict=True))) for row in data["rows"]]
