@@ -54,6 +54,8 @@ class Instruction:
     """Bytes that a thread reads from global memory."""
     stores: int = 0
     """Bytes that a thread writes to global memory."""
+    guarded: bool = False
+    """Under a predicate; of amdgcn, which masks by its exec register, never known."""
     jump: int | None = None
     """Where a branch goes."""
     always: bool = False
@@ -154,6 +156,7 @@ def _sass(text: str) -> list[Instruction]:
                 _SASS.get(base, "uniform" if base[0] == "U" else "alu"),
                 loads=width if base in ("LDG", "LDGSTS") else 0,
                 stores=width if base == "STG" else 0,
+                guarded=bool(guard),
                 jump=int(jump[1], 16) if jump else None,
                 # BRA.U !UP0, 0x10 has its condition among the operands
                 always=not guard

@@ -10,7 +10,7 @@ A launch that reads its rows and then reads and writes them is two passes, whose
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .assembly import Instruction, by_pipe, widest
 from .compile import Kernel
@@ -40,6 +40,8 @@ class Pass:
     bytes_per_logit: float
     """Read and written."""
     looped: bool
+    odd: float = 0.0
+    """Instructions per logit of the longest other loop of the kind, 0 where there is none."""
 
     @property
     def per_logit(self) -> float:
@@ -77,8 +79,9 @@ def passes(
 ) -> list[Pass]:
     """The visits of a kernel to its rows, one of each kind, in the order in which they come.
 
-    Of several loops of a kind (before and behind the target's tile, a remainder) the one counts
-    that has most logits in a trip, and of equal ones the longest. Where a kernel multiplies
+    Of several loops of a kind the one counts that has most logits in a trip; of equal ones one that
+    loads without a predicate, as a masked loop is for the target's tile and the last one; then the
+    longest. amdgcn does not show masks: there the shortest counts. Where a kernel multiplies
     matrices, what stands outside its loops is its row work.
 
     Args:
@@ -89,7 +92,7 @@ def passes(
     each = logits / kernel.programs / threads
     if any(i.pipe == "tensor" for loop in kernel.code.loops for i in loop):
         return [_pass(BESIDE, each, threads, kernel.code.outside, 0.0, False)]
-    found: dict[str, Pass] = {}
+    found: dict[str, list[tuple[tuple[float, bool, int], Pass]]] = {}
     for loop in kernel.code.loops:
         loaded, stored = sum(i.loads for i in loop), sum(i.stores for i in loop)
         if not (loaded or stored):
@@ -98,16 +101,21 @@ def passes(
         size = itemsize if loaded else out_itemsize
         width = (loaded or stored) / size
         one = _pass(kind, width, threads, loop, (loaded + stored) / width, True)
-        best = found.get(kind)
-        if best is None or (one.logits, one.instructions) > (best.logits, best.instructions):
-            found[kind] = one
+        masked = any(i.guarded for i in loop if i.loads)
+        order = (one.logits, not masked, one.instructions * (1 if warp == 32 else -1))
+        found.setdefault(kind, []).append((order, one))
     if not found:
         body = kernel.code.body
         stored = max((i.stores for i in body), default=0)
         # statistics of a row are stored one at a time, a gradient in wide stores
         kind, moved = (REWRITE, itemsize + out_itemsize) if stored > 4 else (READ, itemsize)
         return [_pass(kind, each, threads, body, moved, False)]
-    return list(found.values())
+    out = []
+    for loops in found.values():
+        loops.sort(key=lambda entry: entry[0])
+        others = [one.per_logit for _, one in loops[:-1]]
+        out.append(replace(loops[-1][1], odd=max(others, default=0.0)))
+    return out
 
 
 def _pass(

@@ -17,9 +17,10 @@ from .tables import percent, table
 HOW_TO_READ = """\
 - Nothing here was timed. The kernels are compiled for GPUs that are not at hand, disassembled, and
   their innermost loops counted; the time is a model over the counts, with its assumptions below.
-- Instructions are those of a thread per logit: the loop's, over the logits that a thread handles in
-  one trip. `outside` is everything that is in no loop (target, tail tile, statistics of the row),
-  all branches counted, over the logits of a thread in its whole row.
+- Instructions are those of a thread per logit: the loop's, over the logits that a thread handles
+  in one trip. `odd tiles`: those of a second loop, masked, for the tile of the target and the last
+  one. `row`: of a whole row, with two odd tiles and everything that is in no loop (statistics of
+  the row, the loss), all branches counted; in a launch of two passes that is counted in both.
 - MUFU: exponentials and conversions at 16 lanes a clock. LSU: loads and stores, shared memory too.
 - Barriers are per 1,024 logits of a program; loads are what a trip reads from global memory.
 - Share: of the rate at which this GPU copies memory, as the busiest of issue, FMA, ALU and MUFU
@@ -29,7 +30,8 @@ HOW_TO_READ = """\
   pass. `beside the products`: row work of a kernel that makes the logits itself, all branches
   counted."""
 _COUNT = (
-    "launch,target,kernel,pass,instructions,FMA,ALU,MUFU,LSU,shuffle,other,barriers,outside,B,"
+    "launch,target,kernel,pass,instructions,FMA,ALU,MUFU,LSU,shuffle,other,barriers,odd tiles,"
+    "row,B,"
     "loads,warps,registers,spill B,waves,80 % issue,100 %,100 % at boost"
 )
 _MACHINE = (
@@ -62,7 +64,8 @@ def count_rows(counts: Iterable[Count]) -> tuple[list[str], list[list[str]]]:
                 *(_pipe(c, name) for name in ("fma", "alu", "mufu", "lsu", "shuffle")),
                 _pipe(c, "uniform", "control", "tensor", "barrier"),
                 f"{c.barriers:.2f}",
-                f"{c.outside:.2f}",
+                f"{c.odd:.2f}" if c.odd else "-",
+                f"{c.row:.2f}",
                 f"{c.bytes:.0f}",
                 loads or "-",
                 str(c.num_warps),
@@ -219,6 +222,30 @@ def _launches(ours: list[Count]) -> list[str]:
     ]
 
 
+def _few(ours: list[Count]) -> list[str]:
+    """Launches of fewer rows than there are SMs."""
+    machine = MACHINES["sm_90"]
+    rows = [
+        (
+            c.launch,
+            c.kind,
+            f"{c.programs:.0f}",
+            f"{min(c.programs, machine.sms):.0f}",
+            f"{c.waves:.2f}",
+        )
+        for c in ours
+        if c.target == "sm_90" and "rows=" in c.launch and c.kind != WRITE
+    ]
+    return [
+        "## Few rows, sm_90",
+        "",
+        f"How many of the {machine.sms} SMs have work.",
+        "",
+        *table(("launch", "pass", "programs", "SMs at work", "waves"), rows),
+        "",
+    ]
+
+
 def _targets(runs: dict[str, list[Count]]) -> list[str]:
     """Instructions, registers and spills of every launch, a column for each target and Triton."""
     columns = [(version, target) for version in runs for target in MACHINES]
@@ -273,6 +300,7 @@ def page(data: dict[str, Any]) -> str:
     lines = _head(data)
     lines += _contests(ours, peers)
     lines += _launches(ours)
+    lines += _few(ours)
     lines += ["## Ours, sm_90", ""]
     lines += [*table(*count_rows(c for c in ours if c.target == "sm_90")), ""]
     lines += ["## Other libraries, sm_90", ""]

@@ -30,10 +30,13 @@ class Count:
     """Bytes of a load -> loads in a trip."""
     barriers: float
     """Per 1,024 logits."""
+    odd: float
+    """Instructions of the longest other loop of the kind (target's tile, last tile)."""
     trip: float
     """Logits of a thread in one trip of the loop; in its program where there is none."""
-    outside: float
-    """Instructions outside the loops of the kernel, per logit of a row, all branches counted."""
+    row: float
+    """Instructions of a whole row per logit: two odd tiles, the loop for the others, and what is
+    outside the loops, all branches counted."""
     num_warps: int
     registers: int
     spill: int
@@ -92,8 +95,9 @@ def _count(case: Case, kernel: Kernel, visit: Pass, machine: Machine) -> Count:
         bytes=visit.bytes_per_logit,
         loads={str(size): n for size, n in visit.loads.items()},
         barriers=visit.barriers_per_1024,
+        odd=visit.odd,
         trip=visit.logits,
-        outside=len(kernel.code.outside) / each if visit.looped else 0.0,
+        row=_row(kernel, visit, each),
         num_warps=kernel.num_warps,
         registers=kernel.registers,
         spill=kernel.spill,
@@ -106,6 +110,13 @@ def _count(case: Case, kernel: Kernel, visit: Pass, machine: Machine) -> Count:
         share_boost=share([visit], machine, 1.0, boost=True) if moves else None,
         issue_ms=1e3 * TIMED_LOGITS * visit.seconds(machine, 1.0, machine.boost),
     )
+
+
+def _row(kernel: Kernel, visit: Pass, each: float) -> float:
+    if not visit.looped:
+        return visit.per_logit
+    tiles = 2 * (visit.odd - visit.per_logit) * visit.logits / each if visit.odd else 0.0
+    return visit.per_logit + tiles + len(kernel.code.outside) / each
 
 
 def whole(counts: Iterable[Count], efficiency: float, boost: bool = False) -> float | None:

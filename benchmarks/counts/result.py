@@ -22,6 +22,7 @@ from .machines import MACHINES
 from .records import Count, as_json
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("grpo_fast", "kernels", "benchmarks", ":!benchmarks/results")
 PACKAGES = ("liger-kernel", "trl", "flash-attn", "cut-cross-entropy")
 
 
@@ -37,7 +38,7 @@ def result(
         runs |= json.loads(path.read_text(encoding="utf-8"))
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "grpo_fast", "kernels", "benchmarks")),
+        "dirty": bool(_git("status", "--porcelain", "--", *SOURCES)),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "versions": _versions(),
         "machines": {target: asdict(machine) for target, machine in MACHINES.items()},
