@@ -9,7 +9,7 @@ Traffic that a product's epilogue may hide gives a range: hidden all, hidden non
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from grpo_fast.chunks import chunk_size, round_up
 
@@ -198,8 +198,3 @@ def from_logits(shape: Shape, rates: Rates, factor_bytes: int, row_bytes: int = 
         row_bytes: per logit, 6, or 4 where the second read hits L2.
     """
     return (row_bytes + factor_bytes) * shape.N * shape.V / rates.copy
-
-
-def with_chunks(design: Design, rows: int) -> Design:
-    """The design with chunks of that many rows."""
-    return replace(design, name=f"{design.name}, chunks of {rows:,}", chunk_rows=rows)

@@ -32,7 +32,7 @@ HOW_TO_READ = """\
 _COUNT = (
     "launch,target,kernel,pass,instructions,FMA,ALU,MUFU,LSU,shuffle,other,barriers,odd tiles,"
     "row,B,"
-    "loads,warps,registers,spill B,waves,80 % issue,100 %,100 % at boost"
+    "loads,warps,registers,spill B,occupancy,waves,80 % issue,100 %,100 % at boost"
 )
 _MACHINE = (
     "target,GPU,SMs,clock GHz,boost GHz,copy TB/s,L2 MiB,issue,FMA,ALU,MUFU,room bf16 read,"
@@ -71,6 +71,7 @@ def count_rows(counts: Iterable[Count]) -> tuple[list[str], list[list[str]]]:
                 str(c.num_warps),
                 str(c.registers),
                 str(c.spill),
+                percent(c.resident * c.num_warps / MACHINES[c.target].warps),
                 f"{c.waves:.2f}",
                 percent(c.share_80),
                 percent(c.share_100),

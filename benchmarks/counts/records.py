@@ -151,12 +151,12 @@ def rows_in_flight(count: Count, itemsize: int, V: int) -> float:
 
 def as_json(counts: Iterable[Count]) -> dict[str, list[object]]:
     """For a file: the names of the fields and a row for each count, numbers to three digits behind
-    the point."""
+    the point, those of the pipes to two."""
 
     def short(value: object) -> object:
         if isinstance(value, float):
             return round(value, 3)
-        return {k: short(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return {k: round(v, 2) for k, v in value.items()} if isinstance(value, dict) else value
 
     names = [field.name for field in fields(Count)]
     return {"fields": names, "rows": [[short(getattr(c, n)) for n in names] for c in counts]}

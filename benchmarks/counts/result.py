@@ -18,6 +18,7 @@ import triton
 
 from . import linear
 from .compile import CUOBJDUMP
+from .linear_page import linear_data
 from .machines import MACHINES
 from .records import Count, as_json
 
@@ -45,7 +46,7 @@ def result(
         "ours": runs,
         "peers": as_json(theirs),
         "skipped": skipped,
-        "linear": _linear(),
+        "linear": linear_data(linear.Shape(), linear.DESIGNS, linear.Rates()),
     }
 
 
@@ -75,34 +76,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def _linear() -> dict[str, Any]:
-    shape, rates = linear.Shape(), linear.Rates()
-    designs = []
-    for design in linear.DESIGNS:
-        best, worst = linear.shares(shape, design, rates)
-        designs.append(
-            {
-                **asdict(design),
-                "chunks": linear.chunks(shape, design),
-                "terms": [asdict(term) for term in linear.terms(shape, design, rates)],
-                "share_hidden": best,
-                "share_none_hidden": worst,
-                "peak_bytes": linear.peak_bytes(shape, design),
-            }
-        )
-    return {
-        "shape": asdict(shape),
-        "rates": asdict(rates),
-        "floor": linear.floor(shape, rates),
-        "designs": designs,
-        "from_logits": {
-            f"factor {factor} B, rows {row} B": linear.from_logits(shape, rates, factor, row)
-            for factor in (20, 4, 0)
-            for row in (6, 4)
-        },
-    }
 
 
 def text(data: dict[str, Any]) -> str:
