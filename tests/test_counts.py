@@ -3,6 +3,7 @@
 Runs without a GPU and without the interpreter, as test_aot.py does.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,6 +14,8 @@ import pytest
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles kernels, so needs TRITON_INTERPRET unset", allow_module_level=True)
+
+import torch
 
 triton = pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +30,7 @@ from benchmarks.counts.model import READ, REWRITE, WRITE, passes, room, share, w
 from benchmarks.counts.page import page  # noqa: E402
 from benchmarks.counts.records import (  # noqa: E402
     Count,
+    _count,
     as_json,
     counts,
     from_json,
@@ -167,8 +171,9 @@ def test_the_model_against_numbers_worked_out_by_hand():
 def one(kind: str, instructions: float, moved: float, share_80: float) -> Count:
     """A count of which only these matter."""
     issue_ms = 1e3 * 8192 * 151936 * instructions / (132 * 128 * 1.98e9)
-    numbers = (instructions, 0, 8, 32, 0, 0, 8, 2048, 1.94, share_80, share_80, share_80, issue_ms)
-    row, odd, warps, *rest = numbers
+    shares = [share_80] * 4
+    row, odd, warps = instructions, 0.0, 8
+    rest = [32, 0, 0, 8, 2048, 1.94, *shares, issue_ms]
     return Count(
         "grpo_fast", "policy bf16 V=151936", "sm_90", "k", kind, instructions, {}, moved,
         {"16": 1}, 0.0, odd, 8.0, row, warps, *rest,
@@ -234,6 +239,19 @@ def test_our_kernels_stay_below_their_bounds(name):
         assert count.barriers <= BARRIERS[kind] and count.spill == 0
         if int(name.split("V=")[1].split()[0]) % 8 == 0 and kind != WRITE:
             assert count.wide and count.bytes == int(count.bytes)
+
+
+def test_a_row_is_its_loop_two_odd_tiles_and_the_rest_once_a_program():
+    case = launches.Case("grpo_fast", "toy", 4096, torch.bfloat16, None, "", lambda: None, rows=2)
+    two, four = (dataclasses.replace(toy(SASS), programs=n) for n in (2, 4))
+    (visit,) = [v for v in passes(two, 2, 2, 2 * 4096) if v.kind == READ]
+    # 64 threads, 512 logits in a tile, 64 of a thread in its row; six instructions in no loop
+    whole_row = _count(case, two, visit, MACHINES["sm_90"]).row
+    assert whole_row == pytest.approx(9 / 8 + 2 * (1 - 9 / 8) * 512 / 4096 + 6 / 64)
+    # two programs a row: what is in no loop twice, the odd tiles not
+    halves = _count(case, four, visit, MACHINES["sm_90"])
+    assert halves.row - whole_row == pytest.approx(6 / 64)
+    assert halves.share_row == halves.share_80 == 1.0
 
 
 def test_rows_that_break_16_bytes_are_read_narrow():

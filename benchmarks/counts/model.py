@@ -19,6 +19,8 @@ from .machines import Machine
 READ, REWRITE, WRITE = "read", "read and write", "write"
 # Row work of a kernel that makes the logits itself, beside its products; nothing of them moves.
 BESIDE = "beside the products"
+# What joins the statistics of several programs of a row; it reads none of the row.
+MERGE = "merge of parts"
 # Share of the issue slots that a kernel fills. One public timing reaches all of them (`reported`).
 EFFICIENCY = 0.8
 
@@ -28,12 +30,12 @@ class Pass:
     """One visit to the rows: its main loop, or the whole of a program that has no loop."""
 
     kind: str
-    """`READ`, `REWRITE`, `WRITE` or `BESIDE`."""
+    """`READ`, `REWRITE`, `WRITE`, `BESIDE` or `MERGE`."""
     logits: float
     """Of one thread in one trip."""
     threads: int
-    instructions: int
-    pipes: dict[str, int]
+    instructions: float
+    pipes: dict[str, float]
     barriers: int
     loads: dict[int, int]
     """Bytes of a load -> how many of them a trip has."""
@@ -116,6 +118,12 @@ def passes(
         others = [one.per_logit for _, one in loops[:-1]]
         out.append(replace(loops[-1][1], odd=max(others, default=0.0)))
     return out
+
+
+def merge(kernel: Kernel, logits: float, warp: int = 32) -> Pass:
+    """All of a kernel that joins parts, its loops counted once, over the logits of its rows."""
+    threads = kernel.num_warps * warp
+    return _pass(MERGE, logits / kernel.programs / threads, threads, kernel.code.body, 0.0, False)
 
 
 def _pass(

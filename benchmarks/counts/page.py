@@ -19,8 +19,9 @@ HOW_TO_READ = """\
   their innermost loops counted; the time is a model over the counts, with its assumptions below.
 - Instructions are those of a thread per logit: the loop's, over the logits that a thread handles
   in one trip. `odd tiles`: those of a second loop, masked, for the tile of the target and the last
-  one. `row`: of a whole row, with two odd tiles and everything that is in no loop (statistics of
-  the row, the loss), all branches counted; in a launch of two passes that is counted in both.
+  one. `row`: of a whole row, with two odd tiles and, once for each program, everything that is in
+  no loop (statistics of the row, the loss), all branches counted, those that a row does not take
+  too: an upper bound. In a launch of two passes that is counted in both.
 - MUFU: exponentials and conversions at 16 lanes a clock. LSU: loads and stores, shared memory too.
 - Barriers are per 1,024 logits of a program; loads are what a trip reads from global memory.
 - Share: of the rate at which this GPU copies memory, as the busiest of issue, FMA, ALU and MUFU
@@ -28,11 +29,11 @@ HOW_TO_READ = """\
   and to the end of the launch.
 - `write` is the row of zeros of a token without a gradient; it takes the place of the other
   pass. `beside the products`: row work of a kernel that makes the logits itself, all branches
-  counted."""
+  counted. `merge of parts`: a second kernel that joins what several programs found in a row."""
 _COUNT = (
     "launch,target,kernel,pass,instructions,FMA,ALU,MUFU,LSU,shuffle,other,barriers,odd tiles,"
-    "row,B,"
-    "loads,warps,registers,spill B,occupancy,waves,80 % issue,100 %,100 % at boost"
+    "row,B,loads,warps,registers,spill B,occupancy,waves,row at 80 % issue,80 % issue,100 %,"
+    "100 % at boost"
 )
 _MACHINE = (
     "target,GPU,SMs,clock GHz,boost GHz,copy TB/s,L2 MiB,issue,FMA,ALU,MUFU,room bf16 read,"
@@ -73,6 +74,7 @@ def count_rows(counts: Iterable[Count]) -> tuple[list[str], list[list[str]]]:
                 str(c.spill),
                 percent(c.resident * c.num_warps / MACHINES[c.target].warps),
                 f"{c.waves:.2f}",
+                percent(c.share_row),
                 percent(c.share_80),
                 percent(c.share_100),
                 percent(c.share_boost),

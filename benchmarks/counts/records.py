@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from .assembly import PIPES
 from .compile import Kernel, compiled
 from .contestants import NO_LOGITS
 from .launches import OURS, ROWS, Case
 from .machines import MACHINES, Machine
-from .model import BESIDE, EFFICIENCY, READ, REWRITE, Pass, passes, share, waves
+from .model import BESIDE, EFFICIENCY, MERGE, READ, REWRITE, Pass, merge, passes, share, waves
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Count:
     trip: float
     """Logits of a thread in one trip of the loop; in its program where there is none."""
     row: float
-    """Instructions of a whole row per logit: two odd tiles, the loop for the others, and what is
-    outside the loops, all branches counted."""
+    """Instructions of a whole row per logit: two odd tiles, the loop for the others, and for each
+    of its programs what is outside the loops, all branches counted."""
     num_warps: int
     registers: int
     spill: int
@@ -48,6 +48,8 @@ class Count:
     programs: float
     """Of the launch, at `ROWS` rows for other contestants."""
     waves: float
+    share_row: float | None
+    """Predicted share of the copy rate at 80 % issue by the instructions of `row`."""
     share_80: float | None
     """Predicted share of the copy rate at 80 % issue; None where no logits move."""
     share_100: float | None
@@ -70,12 +72,18 @@ def counts(case: Case, target: str) -> Iterator[Count]:
     """The passes of a launch on a target of `compile.TARGETS`."""
     machine = MACHINES[target]
     out = case.dtype if case.out is None else case.out
+    seen = set()
     for kernel in compiled(case.launch, target):
         if kernel.name in NO_LOGITS:
             continue
         sizes = case.dtype.itemsize, out.itemsize
         logits = case.rows * case.V
-        for visit in passes(kernel, *sizes, logits, machine.warp):
+        visits = passes(kernel, *sizes, logits, machine.warp)
+        # a launch reads its rows once: a second kernel that reads joins what the first one left
+        if READ in seen and [v.kind for v in visits] == [READ]:
+            visits = [merge(kernel, logits, machine.warp)]
+        seen |= {v.kind for v in visits}
+        for visit in visits:
             yield _count(case, kernel, visit, machine)
 
 
@@ -83,7 +91,9 @@ def _count(case: Case, kernel: Kernel, visit: Pass, machine: Machine) -> Count:
     each = case.rows * case.V / kernel.programs / visit.threads
     # their functions run on a few rows, a row of the page is for as many as ours
     programs = kernel.programs * (1 if case.contestant == OURS else ROWS / case.rows)
-    moves = visit.kind != BESIDE
+    moves = visit.kind not in (BESIDE, MERGE)
+    row = _row(kernel, visit, each, case.V)
+    longer = replace(visit, **_scaled(visit, row / visit.per_logit))
     return Count(
         contestant=case.contestant,
         launch=case.name,
@@ -97,7 +107,7 @@ def _count(case: Case, kernel: Kernel, visit: Pass, machine: Machine) -> Count:
         barriers=visit.barriers_per_1024,
         odd=visit.odd,
         trip=visit.logits,
-        row=_row(kernel, visit, each),
+        row=row,
         num_warps=kernel.num_warps,
         registers=kernel.registers,
         spill=kernel.spill,
@@ -105,6 +115,7 @@ def _count(case: Case, kernel: Kernel, visit: Pass, machine: Machine) -> Count:
         resident=machine.resident(kernel.registers, kernel.num_warps, kernel.shared),
         programs=programs,
         waves=waves(kernel, machine, programs),
+        share_row=share([longer], machine) if moves else None,
         share_80=share([visit], machine) if moves else None,
         share_100=share([visit], machine, 1.0) if moves else None,
         share_boost=share([visit], machine, 1.0, boost=True) if moves else None,
@@ -112,11 +123,19 @@ def _count(case: Case, kernel: Kernel, visit: Pass, machine: Machine) -> Count:
     )
 
 
-def _row(kernel: Kernel, visit: Pass, each: float) -> float:
+def _row(kernel: Kernel, visit: Pass, each: float, V: int) -> float:
+    """each: logits of a thread in its program, whose share of the row may be a part of it."""
     if not visit.looped:
         return visit.per_logit
-    tiles = 2 * (visit.odd - visit.per_logit) * visit.logits / each if visit.odd else 0.0
-    return visit.per_logit + tiles + len(kernel.code.outside) / each
+    tile = visit.logits * visit.threads
+    odd = 2 * (visit.odd - visit.per_logit) * tile / V if visit.odd else 0.0
+    return visit.per_logit + odd + len(kernel.code.outside) / each
+
+
+def _scaled(visit: Pass, factor: float) -> dict[str, object]:
+    """Fields of a pass that has so many times the instructions, of the same mix."""
+    pipes = {name: n * factor for name, n in visit.pipes.items()}
+    return {"instructions": visit.instructions * factor, "pipes": pipes}
 
 
 def whole(counts: Iterable[Count], efficiency: float, boost: bool = False) -> float | None:
