@@ -48,9 +48,9 @@ endif
 PYTESTS := OMP_NUM_THREADS=1 $(PYTEST)
 # where tests are marked `kernels`: a backend is a run of these, not files of its own
 KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/integrations/liger \
-	--ignore=tests/kernels/test_aot.py
+	--ignore=tests/kernels/test_aot.py --ignore=tests/kernels/test_counts.py
 
-.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu floors lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -88,6 +88,13 @@ KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/inte
 	$(RUN) -m pip install --quiet --no-deps --target .liger -r requirements/liger.txt
 	touch $@
 
+# Its setup.py asks for nvcc unless told to build nothing; one file of Triton is all that is read.
+.flash/.installed: requirements/flash.txt $(ENVIRONMENT)
+	rm -rf .flash
+	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(RUN) -m pip install \
+		--quiet --no-deps --no-build-isolation --target .flash -r requirements/flash.txt
+	touch $@
+
 .verl/.installed: requirements/verl.txt $(ENVIRONMENT)
 	rm -rf .verl
 	$(RUN) -m pip install --quiet --no-deps --target .verl -r requirements/verl.txt
@@ -118,7 +125,7 @@ test: $(ENVIRONMENT)
 test-torch: $(ENVIRONMENT)
 	@echo "== everything that runs without Triton's interpreter or compiler"
 	$(PYTESTS) $(PARALLEL) tests --ignore-glob='*/test_triton_*.py' --ignore=tests/kernels/test_aot.py \
-		--ignore=tests/integrations/trl
+		--ignore=tests/integrations/trl --ignore=tests/kernels/test_counts.py
 
 # The rooms with the code that changes most, on the torch backend, without what is marked `slow`.
 test-quick: $(ENVIRONMENT)
@@ -144,12 +151,12 @@ test-interpreter: $(ENVIRONMENT)
 test-aot: $(ENVIRONMENT)
 	@echo "== every kernel compiled ahead of time for each GPU"
 	$(RUN) tests/support/aot.py
-	$(PYTEST) tests/kernels/test_aot.py
+	$(PYTEST) tests/kernels/test_aot.py tests/kernels/test_counts.py
 
 test-aot36: .triton36/.installed
 	@echo "== the same with Triton 3.6.0, the oldest supported"
 	PYTHONPATH=.triton36 $(RUN) tests/support/aot.py
-	PYTHONPATH=.triton36 $(PYTEST) tests/kernels/test_aot.py
+	PYTHONPATH=.triton36 $(PYTEST) tests/kernels/test_aot.py tests/kernels/test_counts.py
 
 # GRPO_FAST_SWIFT=full trains with every combination of the options, of which this is a part.
 test-swift: .swift/.installed
@@ -181,7 +188,7 @@ test-verl: .verl/.installed
 
 test-gpu: $(ENVIRONMENT)
 	$(PYTEST) tests -m "kernels or gpu" --backend cuda --ignore-glob='*/test_triton_*.py' \
-		--ignore=tests/kernels/test_aot.py
+		--ignore=tests/kernels/test_aot.py --ignore=tests/kernels/test_counts.py
 
 # Results are benchmarks/results/<set>.json and the page made of it. A run that was stopped goes on
 # where it was; ARGS=--fresh measures again.
@@ -198,10 +205,17 @@ bench-large: .peers/.installed
 bench-gpu: .peers/.installed
 	$(call BENCH,gpu)
 
+# The machine code of the row kernels, ours and other libraries', counted without a GPU. With both
+# Tritons: the older one writes its rows where the newer one picks them up.
+floors: .peers/.installed .flash/.installed .triton36/.installed
+	PYTHONPATH=.triton36 $(RUN) -m benchmarks.counts --rows .triton36/rows.json
+	PYTHONPATH=.peers:.flash $(RUN) -m benchmarks.counts --with .triton36/rows.json \
+		--write benchmarks/results/counts/floors.json
+
 lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl .openrlhf .swift build dist *.egg-info
+	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl .openrlhf .swift .flash build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

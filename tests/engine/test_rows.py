@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from loss_cases import generator, relative
+from policy_arguments import arguments
 
 from grpo_fast.engine import torch_backend
 from grpo_fast.engine.backend import select
@@ -75,20 +76,6 @@ class Rows:
             *rows, terms, out, **choice, **given, **self.options(softcap)
         )
         return terms
-
-
-def arguments(objective: str, kl: str, kl_gradient: str, parameters, beta: float) -> dict:
-    """What `policy` is given of `objectives.py`."""
-    return {
-        "token_loss": objectives.token_loss,
-        "objective": getattr(objectives, objective),
-        "kl": getattr(objectives, kl),
-        "kl_gradient": getattr(objectives, kl_gradient),
-        "through_ratio": OBJECTIVES[objective].through_ratio,
-        "weight_kl": True,
-        "parameters": parameters,
-        "beta": beta,
-    }
 
 
 @pytest.mark.parametrize("softcap", [None, 8.0])

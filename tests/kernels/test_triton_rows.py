@@ -11,10 +11,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from interpreter import program_order
 from loss_cases import relative
-from row_checks import arguments
+from policy_arguments import arguments
 
 from grpo_fast.kernels import configs, logprob, row_parts
 from grpo_fast.kernels import policy as one_pass
+
+pytestmark = [pytest.mark.kernels, pytest.mark.triton]
 
 BANNED = -math.inf
 LOWEST = torch.finfo(torch.float32).min
@@ -164,7 +166,7 @@ def test_banned_tokens(low, V):
 @pytest.mark.parametrize("value", [LOWEST, -1e9, 1e12, 3e38])
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_rows_that_are_large_throughout(value, scale, V):
-    """Equal logits are a uniform distribution whatever they are; half of them one ulp lower, none."""
+    """Equal logits are a uniform distribution whatever they are; half an ulp lower, none."""
     logits, ids, upstream = rows(2, V)
     logits[:] = value * scale
     ids[1] = V - 1
