@@ -12,7 +12,6 @@ from grpo_fast.config import OBJECTIVES
 from grpo_fast.kernels import logprob
 from grpo_fast.kernels import policy as one_pass
 
-
 ROWS = 2048
 
 

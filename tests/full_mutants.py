@@ -42,6 +42,7 @@ SUITES = {
     "options": Suite(("tests/test_loss_options.py", "-k", "test_lora")),
     "gradcheck": Suite(("tests/test_gradcheck.py", "-k", "test_linear_logprob")),
     "kernels": Suite(("tests/test_triton_ops.py",), True),
+    "kernel_rows": Suite(("tests/test_triton_rows.py",), True),
     "calls": Suite(("tests/test_triton_properties.py",), True),
 }
 
