@@ -19,7 +19,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from mutants import MUTANTS, Mutant
+from kernel_mutants import Mutant
+from mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("grpo_fast", "kernels", "tests", "pyproject.toml")

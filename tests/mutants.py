@@ -6,8 +6,7 @@ the mutant along with it. `full_mutants.py` runs them.
 
 from __future__ import annotations
 
-from kernel_mutants import KERNEL_MUTANTS, Mutant, mutants_of
-
+from kernel_mutants import KERNEL_MUTANTS, mutants_of
 
 MUTANTS = [
     *mutants_of(
