@@ -34,7 +34,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 PYTEST := $(RUN) -m pytest -q --durations=8
 
-.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu lint clean FORCE
+.PHONY: .venv demo test test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu floors lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -72,6 +72,13 @@ PYTEST := $(RUN) -m pytest -q --durations=8
 	$(RUN) -m pip install --quiet --no-deps --target .liger -r requirements/liger.txt
 	touch $@
 
+# Its setup.py asks for nvcc unless told to build nothing; one file of Triton is all that is read.
+.flash/.installed: requirements/flash.txt $(ENVIRONMENT)
+	rm -rf .flash
+	FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(RUN) -m pip install \
+		--quiet --no-deps --no-build-isolation --target .flash -r requirements/flash.txt
+	touch $@
+
 .verl/.installed: requirements/verl.txt $(ENVIRONMENT)
 	rm -rf .verl
 	$(RUN) -m pip install --quiet --no-deps --target .verl -r requirements/verl.txt
@@ -102,7 +109,7 @@ test: $(ENVIRONMENT)
 test-torch: $(ENVIRONMENT)
 	@echo "== everything that runs without Triton's interpreter or compiler (and on a GPU, if any)"
 	$(PYTEST) tests --ignore-glob='*/test_triton_*.py' --ignore-glob='*/test_trl*.py' \
-		--ignore=tests/test_aot.py
+		--ignore=tests/test_aot.py --ignore=tests/test_counts.py
 
 # 5: TRL needs Python 3.11, and without it every file here is skipped as a whole.
 test-trl: .trl/.installed
@@ -121,12 +128,12 @@ test-interpreter: $(ENVIRONMENT)
 test-aot: $(ENVIRONMENT)
 	@echo "== every kernel compiled ahead of time for each GPU"
 	$(RUN) tests/aot.py
-	$(PYTEST) tests/test_aot.py
+	$(PYTEST) tests/test_aot.py tests/test_counts.py
 
 test-aot36: .triton36/.installed
 	@echo "== the same with Triton 3.6.0, the oldest supported"
 	PYTHONPATH=.triton36 $(RUN) tests/aot.py
-	PYTHONPATH=.triton36 $(PYTEST) tests/test_aot.py
+	PYTHONPATH=.triton36 $(PYTEST) tests/test_aot.py tests/test_counts.py
 
 # GRPO_FAST_SWIFT=full trains with every combination of the options, of which this is a part.
 test-swift: .swift/.installed
@@ -174,10 +181,17 @@ bench-large: .peers/.installed
 bench-gpu: .peers/.installed
 	$(call BENCH,gpu)
 
+# The machine code of the row kernels, ours and other libraries', counted without a GPU. With both
+# Tritons: the older one writes its rows where the newer one picks them up.
+floors: .peers/.installed .flash/.installed .triton36/.installed
+	PYTHONPATH=.triton36 $(RUN) -m benchmarks.counts --rows .triton36/rows.json
+	PYTHONPATH=.peers:.flash $(RUN) -m benchmarks.counts --with .triton36/rows.json \
+		--write benchmarks/results/counts/floors.json
+
 lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl .openrlhf .swift build dist *.egg-info
+	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl .openrlhf .swift .flash build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
