@@ -84,9 +84,7 @@ def tanh(x):
 
 
 @triton.jit
-def row_factors(
-    scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr
-):
+def row_factors(scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr):
     """inner, gain, c and chain of a row: u = logit(x, inner), z = u * gain nats = u * c bits, and
     dz/dx = chain, times 1 - u^2 with a softcap."""
     chain = scale * inv_temperature

@@ -16,9 +16,7 @@ from grpo_fast.kernels.lang import (
 
 
 @triton.jit
-def gradient_scalars(
-    stats, upstream, chain, HAS_DLSE: tl.constexpr, HAS_DENTROPY: tl.constexpr
-):
+def gradient_scalars(stats, upstream, chain, HAS_DLSE: tl.constexpr, HAS_DENTROPY: tl.constexpr):
     """What the gradient of a row is made of: the base of its exponents, slope and offset of the
     logits' factor, and the gradient of the target.
 
@@ -69,8 +67,10 @@ def store_far_gradient(
     start,
     stop,
     scalars,
+    inner,
     gain,
     peak,
+    HAS_SOFTCAP: tl.constexpr,
     NEGATIVE: tl.constexpr,
     HAS_DENTROPY: tl.constexpr,
     THREADS: tl.constexpr,
@@ -79,8 +79,9 @@ def store_far_gradient(
     for i in range(start, stop, THREADS):
         cols = i + tl.arange(0, THREADS)
         x = tl.load(row_ptr + cols, mask=cols < stop, other=0.0)
-        u = logit(x, 1.0, False, NEGATIVE)
-        dx = gradient_of(u, far_exponent(u, gain, peak), scalars, False, HAS_DENTROPY)
+        u = logit(x, inner, HAS_SOFTCAP, NEGATIVE)
+        t = far_exponent(u, gain, peak)
+        dx = gradient_of(u, t, scalars, HAS_SOFTCAP, HAS_DENTROPY)
         tl.debug_barrier()
         tl.store(out_ptr + cols, dx.to(out_ptr.dtype.element_ty), mask=cols < stop)
 
@@ -163,22 +164,23 @@ def store_row_gradient(
     stop = start + tl.minimum(V - start, columns)
     full = tl.multiple_of(stop - (stop - start) % TILE, VEC)
     first = start
-    if not HAS_SOFTCAP:
-        if tl.abs(stats[2]) > FAR:
-            store_far_gradient(
-                row_ptr,
-                out_ptr,
-                start,
-                stop,
-                scalars,
-                gain,
-                stats[2],
-                NEGATIVE,
-                HAS_DENTROPY,
-                THREADS,
-            )
-            # nothing is left for the loops
-            first, full, stop = stop, start, start
+    if tl.abs(stats[2]) > FAR:
+        store_far_gradient(
+            row_ptr,
+            out_ptr,
+            start,
+            stop,
+            scalars,
+            inner,
+            gain,
+            stats[2],
+            HAS_SOFTCAP,
+            NEGATIVE,
+            HAS_DENTROPY,
+            THREADS,
+        )
+        # nothing is left for the loops
+        first, full, stop = stop, start, start
     if NARROW:
         if first < full:
             store_gradient_tile(

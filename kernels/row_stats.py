@@ -104,14 +104,24 @@ def merge(raw, rest, dot, raw_2, rest_2, dot_2, c, HAS_ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def far_sums(row_ptr, target, V, gain, peak, NEGATIVE: tl.constexpr, THREADS: tl.constexpr):
+def far_sums(
+    row_ptr,
+    target,
+    V,
+    inner,
+    gain,
+    peak,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    THREADS: tl.constexpr,
+):
     """rest and dot of a row beyond `FAR`, whose maximum is known: a second read, and a rare one."""
     rest = tl.zeros((THREADS,), tl.float32)
     dot = tl.zeros((THREADS,), tl.float32)
     for start in range(0, V, THREADS):
         cols = start + tl.arange(0, THREADS)
         x = tl.load(row_ptr + cols, mask=cols < V, other=0.0)
-        t = far_exponent(logit(x, 1.0, False, NEGATIVE), gain, peak)
+        t = far_exponent(logit(x, inner, HAS_SOFTCAP, NEGATIVE), gain, peak)
         t = tl.where((cols < V) & (cols != target), t, -float("inf"))
         p = tl.exp2(t)
         rest += p
@@ -128,6 +138,7 @@ def finish_stats(
     raw,
     rest,
     dot,
+    inner,
     gain,
     c,
     HAS_ENTROPY: tl.constexpr,
@@ -152,13 +163,14 @@ def finish_stats(
     t = tl.fma(u_target, c, -base)
     # the stored log-sum is relative to peak, the sums to base
     residual = tl.fma(base, LN2, -peak)
-    if not HAS_SOFTCAP:
-        if tl.abs(peak) > FAR:
-            rest, far_dot = far_sums(row_ptr, target, V, gain, peak, NEGATIVE, THREADS)
-            if HAS_ENTROPY:
-                dot = far_dot
-            t = far_exponent(u_target, gain, peak)
-            residual = 0.0
+    if tl.abs(peak) > FAR:
+        rest, far_dot = far_sums(
+            row_ptr, target, V, inner, gain, peak, HAS_SOFTCAP, NEGATIVE, THREADS
+        )
+        if HAS_ENTROPY:
+            dot = far_dot
+        t = far_exponent(u_target, gain, peak)
+        residual = 0.0
     p = tl.exp2(t)
     total = rest + p
     near = t > -1.0
@@ -168,6 +180,8 @@ def finish_stats(
     entropy = 0.0
     if HAS_ENTROPY:
         entropy = log_total - (dot + p * tl.maximum(t, TINY)) * LN2 / total
+        # rounding alone makes that of a certain token -1.4e-14; NaN stays
+        entropy = tl.where(entropy < 0.0, 0.0, entropy)
     return logp, entropy, peak, log_total + residual
 
 
@@ -240,6 +254,7 @@ def row_stats(
         raw,
         rest,
         dot,
+        inner,
         gain,
         c,
         HAS_ENTROPY,

@@ -16,15 +16,9 @@ from grpo_fast.kernels.lang import row_pointer
 def store_scaled(x_ptr, out_ptr, factor, left, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """One block, by way of fp32: a loss scale of 65536 is inf in fp16, the product need not be."""
     cols = tl.arange(0, BLOCK)
-    if MASKED:
-        x = tl.load(x_ptr + cols, mask=cols < left)
-    else:
-        x = tl.load(x_ptr + cols)
-    scaled = (x.to(tl.float32) * factor).to(out_ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(out_ptr + cols, scaled, mask=cols < left)
-    else:
-        tl.store(out_ptr + cols, scaled)
+    mask = cols < left if MASKED else None
+    x = tl.load(x_ptr + cols, mask=mask).to(tl.float32)
+    tl.store(out_ptr + cols, (x * factor).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(

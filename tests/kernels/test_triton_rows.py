@@ -9,11 +9,13 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 before triton is imported", allow_module_level=True)
 
-from interpreter import program_order
+from interpreter import CheckedBuilder, program_order
 from loss_cases import relative
 from policy_arguments import arguments
+from triton.runtime.errors import InterpreterError
 
-from grpo_fast.kernels import configs, logprob, row_parts
+from grpo_fast import policy_loss
+from grpo_fast.kernels import configs, logprob, row_parts, scale
 from grpo_fast.kernels import policy as one_pass
 
 pytestmark = [pytest.mark.kernels, pytest.mark.triton]
@@ -104,8 +106,9 @@ def test_half_precision(n, V, dtype):
         {"scale": -1.3, "inv_temperature": 0.7},
         {"scale": 0.6, "softcap": 5.0, "inv_temperature": 1.3},
         {"scale": -0.6, "softcap": 5.0},
+        {"softcap": 3e6},
     ],
-    ids=["negative", "softcap", "negative softcap"],
+    ids=["negative", "softcap", "negative softcap", "softcap beyond all"],
 )
 def test_transforms(options, V):
     logits, ids, upstream = rows(5, V)
@@ -178,6 +181,12 @@ def test_rows_that_are_large_throughout(value, scale, V):
     assert abs(stats[0, 0] + math.log(V)) < 1e-6 * math.log(V)
     if uneven:
         assert abs(stats[0, 1] + math.log(V - V // 2)) < 1e-5
+
+
+def test_a_softcap_beyond_all_reason():
+    logits, ids, upstream = rows(1, 301)
+    logits[:] = 1e12
+    check(logits, ids, upstream, softcap=1e9)
 
 
 def test_a_row_of_nothing_is_nan_and_keeps_its_maximum():
@@ -313,3 +322,61 @@ def test_rows_of_a_gradient_are_shared():
         programs, tiles = configs.gradient_tiles(n, V, launch)
         width = tiles * launch["STRIPS"] * launch["THREADS"] * launch["VEC"]
         assert programs * width >= V > (programs - 1) * width
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 77), (5003,), (700, 13)])
+def test_scale(shape, dtype, out_dtype):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g).to(dtype)
+    for factor in (1.0, 0.3, 65536.0, -1.0, math.nan):
+        want = (x.float() * torch.tensor(factor)).to(out_dtype)
+        mine = x.clone()
+        out = mine if dtype == out_dtype else torch.empty(shape, dtype=out_dtype)
+        scale.scale(mine, torch.tensor(factor), out)
+        assert torch.equal(out.nan_to_num(7.0), want.nan_to_num(7.0))
+        assert out is mine or torch.equal(mine, x)
+
+
+def test_scale_of_rows_apart():
+    """Rows of a wider tensor: what lies between them is left alone."""
+    wide = torch.full((2, 3, 5010), math.nan, dtype=torch.bfloat16)
+    x = wide[:, :, :5003]
+    x[:] = torch.randn(2, 3, 5003, generator=torch.Generator().manual_seed(0))
+    want = (x.float() * 0.3).bfloat16()
+    scale.scale(x, torch.tensor(0.3), x)
+    assert torch.equal(x, want) and wide[..., 5003:].isnan().all()
+
+
+def test_a_factor_of_1_writes_nothing(monkeypatch):
+    """And few programs go over many blocks where it is another."""
+    monkeypatch.setattr(scale, "SCALE_PROGRAMS", 2)
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckedBuilder, "create_masked_store", None)
+        scale.scale(x, torch.tensor(1.0), x)
+        with pytest.raises(InterpreterError):
+            scale.scale(x, torch.tensor(2.0), x)
+    x.copy_(before)
+    scale.scale(x, torch.tensor(2.0), x)
+    assert torch.equal(x, 2 * before)
+
+
+def test_a_loss_scale_of_65536_through_autograd(monkeypatch):
+    """In fp16 the factor itself is inf; the gradients come out of the kernels as finite numbers."""
+    monkeypatch.setenv("GRPO_FAST_BACKEND", "triton")
+    logits = torch.randn(2, 5, 77, generator=torch.Generator().manual_seed(0)).half()
+    ids = torch.randint(77, (2, 5), generator=torch.Generator().manual_seed(1))
+    grads = []
+    for factor in (1.0, 65536.0):
+        leaf = logits.clone().requires_grad_()
+        loss, _ = policy_loss(leaf, ids, torch.ones(2), denominator=1e4)
+        (loss * factor).backward()
+        grads.append(leaf.grad.float())
+    assert grads[1].isfinite().all()
+    assert relative(grads[1] / 65536, grads[0].double()) < 2e-3

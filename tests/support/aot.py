@@ -111,9 +111,7 @@ def compile_launch(launch: Callable[[], object], target: str, case: str = "") ->
     return kernel
 
 
-def compile_launches(
-    launch: Callable[[], object], target: str, case: str = ""
-) -> list[Compiled]:
+def compile_launches(launch: Callable[[], object], target: str, case: str = "") -> list[Compiled]:
     """Compile every kernel that `launch` launches for `TARGETS[target]`."""
     with compiling_for(TARGETS[target].gpu) as kernels:
         launch()

@@ -19,7 +19,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from mutants import MUTANTS, Mutant
+from kernel_mutants import Mutant
+from mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("grpo_fast", "kernels", "tests", "pyproject.toml")
@@ -51,6 +52,7 @@ SUITES = {
         ),
         "interpret",
     ),
+    "kernel_rows": Suite(("tests/kernels/test_triton_rows.py",), "interpret"),
     "calls": Suite(("tests/kernels/test_triton_properties.py",), "interpret"),
 }
 

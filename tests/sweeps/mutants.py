@@ -6,25 +6,10 @@ the mutant along with it. `full_mutants.py` runs them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    file: str
-    old: str
-    new: str
-    breaks: str
-    tests: str
-    """Key of `SUITES` in `full_mutants.py`: what has to fail."""
-
-
-def _of(file: str, *errors: tuple[str, str, str, str]) -> list[Mutant]:
-    """Mutants of one file: what was there, what comes there, what it breaks, whose tests."""
-    return [Mutant(file, *error) for error in errors]
-
+from kernel_mutants import KERNEL_MUTANTS, mutants_of
 
 MUTANTS = [
-    *_of(
+    *mutants_of(
         "grpo_fast/objective/objectives.py",
         (
             "slope = m.where((plain > clipped) | (ratio > cap), 0.0, -ratio * advantage)",
@@ -63,7 +48,7 @@ MUTANTS = [
             "loss",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/objective/levels.py",
         (
             "spread(sequence_sum(by_ratio, bounds) / length, bounds, n)",
@@ -90,7 +75,7 @@ MUTANTS = [
             "loss",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/objective/corrections.py",
         (
             "total = total / sequence_sum(known.to(total.dtype), bounds).clamp(min=1.0)",
@@ -117,7 +102,7 @@ MUTANTS = [
             "corrections",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/objective/terms.py",
         (
             "torch.where(mask & ~dropped, -config.entropy_coef * weights, zero)",
@@ -144,7 +129,7 @@ MUTANTS = [
             "corrections",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/objective/weights.py",
         (
             "weight = spread(1.0 / (lengths * total), bounds, mask.numel())",
@@ -165,7 +150,7 @@ MUTANTS = [
             "mathematics",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/loss/metrics.py",
         (
             "(terms.ratio < bounds[0]) & (terms.advantage < 0)",
@@ -180,7 +165,7 @@ MUTANTS = [
             "rows",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/loss/routes.py",
         (
             "sizes = sizes - sizes[0]",
@@ -207,7 +192,7 @@ MUTANTS = [
             "loss",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/plan/route.py",
         (
             "fits = f.longest is not None and f.longest <= f.chunk_rows",
@@ -222,7 +207,7 @@ MUTANTS = [
             "kernels",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/engine/chunks.py",
         (
             "place = slice(start, stop) if index is None else index[start:stop]",
@@ -231,7 +216,7 @@ MUTANTS = [
             "loss",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/engine/gradients.py",
         (
             "grad.zero_()",
@@ -252,7 +237,7 @@ MUTANTS = [
             "kernels",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/engine/gemm.py",
         (
             "            out.zero_()\n",
@@ -267,7 +252,7 @@ MUTANTS = [
             "loss",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/engine/logprob.py",
         (
             "stats[:, index] = compact",
@@ -294,7 +279,7 @@ MUTANTS = [
             "gradcheck",
         ),
     ),
-    *_of(
+    *mutants_of(
         "grpo_fast/engine/torch_backend.py",
         (
             "torch.mul(p, (by_p * norm * inner)[:, None], out=grad)",
@@ -327,73 +312,5 @@ MUTANTS = [
             "loss",
         ),
     ),
-    *_of(
-        "kernels/lang.py",
-        (
-            "dlogp * one_minus_exp(logp), -dlogp * p)",
-            "dlogp * one_minus_exp(logp), 0.0)",
-            "no -p beside the target",
-            "kernels",
-        ),
-        (
-            "dz = tl.where(cols == target, dlogp",
-            "dz = tl.where(cols == target + 1, dlogp",
-            "the target is the next token",
-            "kernels",
-        ),
-        (
-            "rest = rest * decay + tl.sum(p, 0)",
-            "rest = rest + tl.sum(p, 0)",
-            "the running sum is not rescaled with the max",
-            "kernels",
-        ),
-        (
-            "dz -= tl.where(p > 0, dentropy",
-            "dz += tl.where(p > 0, dentropy",
-            "the sign of the gradient of the entropy",
-            "kernels",
-        ),
-        (
-            "dz = dz * (1.0 - t * t)",
-            "dz = dz * (1.0 - t)",
-            "the derivative of the softcap",
-            "kernels",
-        ),
-    ),
-    *_of(
-        "kernels/logprob.py",
-        (
-            "    if HAS_MASK:\n        active = tl.load(active_ptr + n) != 0\n    if HAS_DLSE:",
-            "    if HAS_DLSE:",
-            "backward reads masked rows",
-            "calls",
-        ),
-    ),
-    *_of(
-        "kernels/policy.py",
-        (
-            "(by_logp + by_ratio) * weight, dentropy",
-            "by_logp * weight, dentropy",
-            "no gradient through the ratio",
-            "kernels",
-        ),
-        (
-            "dentropy = -entropy_coef * weight",
-            "dentropy = entropy_coef * weight",
-            "the entropy bonus has the gradient of a penalty",
-            "kernels",
-        ),
-        (
-            "rollout_gap = old_logp - tl.load(rollout_logp_ptr + n)",
-            "rollout_gap = tl.load(rollout_logp_ptr + n) - old_logp",
-            "the rollout ratio upside down",
-            "kernels",
-        ),
-        (
-            "if (dlogp == 0.0) & (dentropy == 0.0):",
-            "if dlogp == 0.0:",
-            "rows with an entropy bonus alone get no gradient",
-            "kernels",
-        ),
-    ),
+    *KERNEL_MUTANTS,
 ]
