@@ -250,5 +250,5 @@ def test_a_notice_says_which_function_where_how_long_and_for_how_many(caplog):
     for name in ("slow", "slow_later"):
         mine = [text for text in texts if f"'{name}'" in text]
         assert len(mine) >= 2
-        assert "with 3 completions; it is at" in mine[0] and "test_reward_protocol.py" in mine[0]
+        assert "with 3 completions; it is at" in mine[0] and "test_reward_containment.py" in mine[0]
         assert "stopped after 60 s" in mine[0]
