@@ -104,7 +104,9 @@ class GRPOTrainer(RolloutTrainer):
             columns = column_names(dataset)
             self.rewards.check_columns(columns)
             if "rewards" in columns:
-                self.rewards.check_routes(row["rewards"] for row in dataset)
+                column = hasattr(dataset, "column_names")
+                cells = dataset["rewards"] if column else (row["rewards"] for row in dataset)
+                self.rewards.check_routes(cells)
         # an adapter starts from random weights
         set_seed(args.seed)
         model = policy_of(model, args, peft_config)

@@ -1,30 +1,24 @@
-"""Every rule reward: its values by hand, its options, and texts made to break it."""
+"""Every rule reward: its values by hand."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from grpo_fast.advantages import group_advantages, reward_weights
-from grpo_fast.rewards import RULES, RewardSet, load_reward, rules
+from grpo_fast.rewards import RewardSet, load_reward
 from grpo_fast.rewards.numerals import numbers_in, parse_number
 from grpo_fast.rewards.shaping import overlong
 from grpo_fast.rewards.text import final_answer, text_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def values(spec, completions, **keywords):
     return load_reward(spec)(completions=completions, **keywords)
 
 
-# worked examples of the notes that the trainer was built from, with the exact values -------------
+# worked examples of the notes that the trainer was built from, with the exact values
 
 
 @pytest.mark.parametrize("population", [False, True])
@@ -72,7 +66,7 @@ def test_weights_of_four_rewards():
     )
 
 
-# values ------------------------------------------------------------------------------------------
+# values
 
 
 @pytest.mark.parametrize(
@@ -319,200 +313,3 @@ def test_reasoning_gym_is_a_rule_too():
     ]
     entries = [r["entry"] for r in rows if "-" not in r["prompt"][0]["content"]]
     assert answers and reward(completions=answers, entry=entries) == [1.0] * len(answers)
-
-
-# names and options -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("rule:formt", "'rule:formt': no such rule; did you mean 'format'?"),
-        ("rule:", "no such rule"),
-        ("rule:format?tag=think", "no option 'tag'; did you mean 'tags'?"),
-        ("rule:format?tags", "expected option=value after '?', got 'tags'"),
-        ("rule:format?tags=a&tags=b", "expected tags once"),
-        ("rule:format?tags=", "expected different names"),
-        ("rule:format?tags=a,a", "expected different names"),
-        ("rule:format?tags=a b", "expected different names"),
-        ("rule:format?begun=maybe", "begun: expected true or false, got 'maybe'"),
-        ("rule:format?pattern=(", "pattern: expected a regular expression"),
-        ("rule:length", "expected option target, as in rule:length?target=..."),
-        ("rule:length?target=0", "target: expected an integer >= 1, got 0"),
-        ("rule:length?target=1.5", "target: expected an integer, got '1.5'"),
-        ("rule:length?target=5&unit=lines", "unit: expected one of tokens, words, characters"),
-        ("rule:overlong?max_length=5&cache=6", "cache: expected at most max_length = 5"),
-        ("rule:overlong?cache=-1", "cache: expected an integer >= 0"),
-        ("rule:number?partial=2", r"partial: expected a number in [0, 1], got 2.0"),
-        ("rule:number?tolerance=-1", "tolerance: expected a number in [0, 1)"),
-        ("rule:cosine?of=code", "of: expected math, number or exact"),
-        ("rule:repetition?penalty=nan", "penalty: expected a number >= 0"),
-        ("rule:repetition?unit=tokens", "unit: expected words or characters"),
-        ("rule:self_correction?markers=", "markers: expected phrases"),
-        ("rule:judge", "expected option model"),
-        ("rule:judge?model=m&mode=rank", "mode: expected score or pairwise"),
-        ("rule:judge?model=m&url=file:///etc/passwd", "url: expected http"),
-        ("rule:judge?model=m&low=5&high=5", "low: expected less than high"),
-        ("reasoning_gym:chain_sumz", "has no task 'chain_sumz'"),
-        ("worker:os:getcwdd", "has no 'getcwdd'"),
-        ("worker:os.path:join?workers=0", "expected workers to be an integer >= 1"),
-        ("worker:os.path:join?wrkers=1", "no option 'wrkers'; did you mean 'workers'?"),
-    ],
-)
-def test_bad_names_and_options(spec, message):
-    with pytest.raises(ValueError) as caught:
-        load_reward(spec)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_options_from_python():
-    reward = load_reward("rule:format", tags=("a", "b"))
-    assert reward(completions=["<a>1</a><b>2</b>"]) == [1.0] and reward.__name__ == "format"
-    with pytest.raises(ValueError, match="no option 'tag'"):
-        load_reward("rule:format", tag=("a",))
-    with pytest.raises(ValueError, match="only rules and workers have options"):
-        load_reward("os.path:join", tags=3)
-    with pytest.raises(ValueError, match="expected a name such as 'rule:math', got 3"):
-        load_reward(3)
-
-
-def test_rules_are_known_before_a_run_begins():
-    rewards = RewardSet(["rule:exact", "rule:number?column=gold", "rule:format", "rule:format"])
-    assert rewards.names == ["exact", "number", "format", "format_2"]
-    with pytest.raises(ValueError, match="'exact' needs 'answer'.*did you mean 'answers'"):
-        rewards.check_columns(["answers", "gold"])
-    rewards.check_columns(["answer", "gold"])
-    with pytest.raises(ValueError, match="no such rule"):
-        RewardSet(["rule:maths_"])
-
-
-# texts made to break them ------------------------------------------------------------------------
-
-MEGABYTE = 1_000_000
-HOSTILE = {
-    "empty": "",
-    "words": "a b c " * (MEGABYTE // 6),
-    "one word": "ab" * (MEGABYTE // 2),
-    "nul": "\0" * MEGABYTE,
-    "spaces": " " * MEGABYTE,
-    "lines": "\n" * MEGABYTE,
-    "opening tags": "<think>" * (MEGABYTE // 7),
-    "closing tags": "</think>" * (MEGABYTE // 8),
-    "pairs of tags": "<think>" * 50_000 + "</think><answer>" * 30_000,
-    "brackets": "<" * MEGABYTE,
-    "an answer": "<answer>" + "x " * (MEGABYTE // 2) + "</answer>",
-    "open boxes": "\\boxed{" * (MEGABYTE // 7),
-    "boxes": "\\boxed{1}" * (MEGABYTE // 9),
-    "braces": "\\boxed{" + "{" * MEGABYTE,
-    "fractions": "\\frac{1}{" * (MEGABYTE // 9),
-    "digits": "1" * MEGABYTE,
-    "commas": "1,234" * (MEGABYTE // 5),
-    "dots": "." * MEGABYTE,
-    "slashes": "1/" * (MEGABYTE // 2),
-    "equals": "=1" * (MEGABYTE // 2),
-    "minus": "-" * MEGABYTE,
-    "dollars": "$" * MEGABYTE,
-    "hashes": "####" * (MEGABYTE // 4),
-    "han": "\u6f22" * MEGABYTE,
-    "emoji": "\U0001f600" * (MEGABYTE // 4),
-    "surrogates": "\ud800" * 100_000,
-    "waits": "wait, " * (MEGABYTE // 6),
-    "tower": "\\boxed{9^{9^{9^{9}}}}",
-    "factorial": "\\boxed{100000!}",
-    "nested factorial": "\\boxed{((9!)!)!}",
-    "power": "\\boxed{2^{999999999}}",
-    "parentheses": "\\boxed{" + "(" * 900 + ")" * 900 + "}",
-    "roots": "\\boxed{" + "\\sqrt{" * 200 + "2" + "}" * 200 + "}",
-    "sum": "\\boxed{\\sum_{k=1}^{99999999} k^k}",
-    "product": "\\boxed{\\prod_{k=1}^{99999999} k}",
-    "backtracking": "a " * 40 + "!",
-    "boxed dashes": "\\boxed{" + "-" * 1_900 + "}",
-    "boxed signs": "\\boxed{" + "-1+" * 600 + "}",
-    "boxed letters": "\\boxed{" + "a b c " * 300 + "}",
-    "boxed commas": "\\boxed{" + "1," * 900 + "}",
-    "boxed product": "\\boxed{" + "(x+1)" * 300 + "}",
-}
-SPECS = (
-    "rule:format",
-    "rule:format?tags=think&begun=true",
-    r"rule:format?pattern=^(\s*\w+\s*)+$",
-    "rule:exact?ignore_case=true",
-    "rule:number?partial=0.5",
-    "rule:math?partial=0.5",
-    "rule:length?target=10&unit=words",
-    "rule:cosine?max_length=100&unit=words&of=number",
-    "rule:overlong?max_length=10&cache=5",
-    "rule:repetition",
-    "rule:repetition?unit=characters",
-    "rule:language?language=en",
-    "rule:self_correction?reward=true",
-)
-
-
-def seconds_of_children():
-    used = 0.0
-    for child in psutil.Process().children():
-        try:
-            used += sum(child.cpu_times()[:2])
-        except psutil.Error:
-            continue
-    return used
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_hostile_texts_are_answered_within_a_fifth_of_a_second(spec):
-    """CPU seconds of ours and of the worker for each text; 0.2 s and no exception."""
-    if "math" in spec:
-        pytest.importorskip("math_verify")
-    reward = load_reward(spec)
-    keywords = {"answer": ["\\frac{x}{2}"], "completion_ids": [[1] * 20]}
-    # a worker is started, and has imported what it needs
-    reward(completions=["\\boxed{x+1}"], **keywords)
-    slow = {}
-    for name, text in HOSTILE.items():
-        began, children = time.process_time(), seconds_of_children()
-        (value,) = reward(completions=[text], **keywords)
-        took = time.process_time() - began + max(0.0, seconds_of_children() - children)
-        assert value is None or math.isfinite(value)
-        if took > 0.2:
-            slow[name] = took
-    assert slow == {}
-
-
-def test_a_pattern_that_takes_for_ever_is_not_judged():
-    metrics = []
-    reward = load_reward(r"rule:format?pattern=^(\s*\w+\s*)+$")
-    texts = ["a b", "a " * 40 + "!", "a b c"]
-    got = reward(completions=texts, log_metric=lambda *m: metrics.append(m))
-    assert got == [1.0, None, 1.0] and metrics == [("format/unjudged", pytest.approx(1 / 3))]
-
-
-# documentation -----------------------------------------------------------------------------------
-
-
-def documented():
-    """The generated part of docs/rewards.md."""
-    lines = [rules.table(), "| rule | options |", "|---|---|"]
-    for name in RULES:
-        # its own issue: another branch brings it
-        if name == "code" and not (ROOT / "grpo_fast/rewards/code.py").exists():
-            continue
-        lines.append(f"| `{name}` | {rules.option_table(name)} |")
-    return "\n".join(lines) + "\n"
-
-
-def test_the_table_in_the_docs_is_the_table():
-    text = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
-    begin, end = "<!-- rules -->\n", "<!-- /rules -->\n"
-    assert text.count(begin) == text.count(end) == 1
-    shown = text.partition(begin)[2].partition(end)[0]
-    assert [line for line in shown.splitlines() if not line.startswith("| `code` | `")] == [
-        line for line in documented().splitlines() if not line.startswith("| `code` | `")
-    ]
-
-
-def test_every_row_has_a_source_and_a_factory():
-    for name, row in RULES.items():
-        assert row.source and row.equation and row.range and ":" in row.factory, name
-        assert "|" not in "".join((row.equation, row.range, row.needs, row.source)), name
-    assert len(set(itertools.chain(RULES))) == 13
