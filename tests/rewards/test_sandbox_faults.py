@@ -82,10 +82,12 @@ def _gone(pids: set[int], seconds: float = 5.0) -> bool:
 
 @pytest.fixture
 def sandbox():
-    """A sandbox that ends with the test."""
+    """A sandbox that ends with the test and leaves nothing."""
+    before = set(_commands())
     sandbox = Sandbox(Limits(cpu=1.0, wall=5.0))
     yield sandbox
     sandbox.close()
+    assert _gone(set(_commands()) - before)
 
 
 def _victims(sandbox: Sandbox) -> dict[str, list[int]]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -253,11 +254,12 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket, owner: int
     connection.close()
     if os.getpid() != owner:
         return
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        # it sees the end of its connection
-        process.wait(2)
-        return
-    # its process group is its own while it has not been waited for
+    # it sees the end of its connection
+    handle = os.pidfd_open(process.pid)
+    select.select([handle], [], [], 2)
+    os.close(handle)
+    # before it is waited for, so that its group is still its own: where the runner was killed, a
+    # bubblewrap that was starting waits there for a process that is gone (see end_group)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

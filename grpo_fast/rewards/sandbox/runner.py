@@ -10,6 +10,7 @@ Only the standard library and this package are imported: it runs in the bare int
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import selectors
@@ -29,6 +30,8 @@ from .worker import Launch, Worker, run_delay
 _TICK = 0.02
 # seconds that an interpreter has to start, and to end after it closed its output
 _START, _CLOSED = 30.0, 0.5
+# seconds that all of them have to end when the trainer has
+_LEAVE = 1.0
 _ATTEMPTS = 3
 # failed starts in a row after which the rest of the tasks is given back
 _FAILED_STARTS = 8
@@ -95,8 +98,17 @@ class Runner:
             self._check(time.monotonic())
 
     def _leave(self) -> None:
+        # in its turn: the process inside, then bubblewrap, which waits for it; one that is still
+        # starting reads the end of its input
         for worker in self.workers:
-            worker.kill("end", wrapper=worker.ready)
+            if worker.ready:
+                worker.kill("end")
+            worker.process.stdin.close()
+        deadline = time.monotonic() + _LEAVE
+        with contextlib.suppress(ChildProcessError):
+            while time.monotonic() < deadline:
+                if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                    time.sleep(0.005)
         end_group()
 
     # ---- the trainer's side
