@@ -20,6 +20,7 @@ from grpo_fast.loss import metrics
 
 OPS = torch.ops.grpo_fast
 LORA_RANK = 3
+pytestmark = pytest.mark.slow
 
 
 class Counter:
