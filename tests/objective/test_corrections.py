@@ -58,7 +58,8 @@ def check_corrections(
 
 
 def _agree(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert abs(got.item() - want.item()) <= BOUND * max(abs(want.item()), 1e-2)
+    # terms of both signs cancel: on one CPU 2.01e-7 was seen of a loss of 0.003
+    assert abs(got.item() - want.item()) <= BOUND * max(abs(want.item()), 2e-2)
 
 
 # the interpreter takes what the one-pass rows apply themselves, at token level, and one of each
