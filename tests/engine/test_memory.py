@@ -118,6 +118,7 @@ print(seen.largest, seen.peak, gradients, workspace, rss - before, 4 * (N + V) *
 """
 
 
+@pytest.mark.slow
 def test_issue_shape_stays_within_inputs_gradients_workspace():
     """N = 4096, V = 49152, H = 576 on CPU: inputs + gradients + workspace + 10 %, by hook and by
     RSS."""

@@ -25,6 +25,7 @@ def said(request, tmp_path_factory) -> list[dict[str, str]]:
     return ranks.ask("parallel_worker.py", tmp_path_factory.mktemp("ranks"), request.param)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [f.__name__ for f in parallel_worker.CHECKS])
 def test_processes_agree_with_one(said, name):
     ranks.judge(said, name)

@@ -18,6 +18,7 @@ from grpo_fast import (
 from grpo_fast.loss import metrics
 
 LORA_RANK = 3
+pytestmark = pytest.mark.slow
 
 
 class Counter:

@@ -53,6 +53,7 @@ def test_kernels_folder_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_under_one_name(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"grpo_fast"}
@@ -62,6 +63,7 @@ def test_wheel_holds_every_module_under_one_name(wheel):
     assert "grpo_fast/py.typed" in names
 
 
+@pytest.mark.slow
 def test_wheel_metadata(wheel):
     archive = zipfile.ZipFile(wheel)
     folder = f"grpo_fast-{grpo_fast.__version__}.dist-info"
@@ -77,6 +79,7 @@ def test_wheel_metadata(wheel):
     assert "grpo-fast = grpo_fast.cli:main" in archive.read(f"{folder}/entry_points.txt").decode()
 
 
+@pytest.mark.slow
 def test_installed_wheel_finds_its_own_kernels(wheel, tmp_path):
     pytest.importorskip("triton")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

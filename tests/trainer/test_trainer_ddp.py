@@ -18,6 +18,7 @@ from grpo_fast.trainer import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
+pytestmark = pytest.mark.slow
 # completions depend on the prompt and the place in the window, not on the rank that samples them
 PROGRAM = """
 import sys, torch
