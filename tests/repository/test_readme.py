@@ -259,6 +259,12 @@ def test_the_page_of_options_has_every_option():
     assert named == fields | arguments
 
 
+def test_every_extra_is_named():
+    extras = text_of("setup.py").partition("extras_require={")[2].partition("\n    },")[0]
+    names = re.findall(r"^        \"(\w+)\":", extras, re.MULTILINE)
+    assert names and re.findall(r"^\| `(\w+)` \|", text_of("docs/install.md"), re.M) == names
+
+
 if __name__ == "__main__":
     for block in BLOCKS:
         block.page.write_text(block.replaced(), encoding="utf-8")
