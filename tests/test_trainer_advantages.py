@@ -14,6 +14,7 @@ from grpo_fast import PRESETS, GRPOConfig, LossConfig
 from grpo_fast.advantages.group import group_advantages
 from grpo_fast.advantages.reward_weights import SCHEMES
 from grpo_fast.advantages.table import advantages_of
+from grpo_fast.checks import ArgumentError
 
 # They weigh the sampler's own log-probs against the policy's, and `Rollouts` holds tokens alone:
 # Hugging Face generate samples from the policy itself.
@@ -171,8 +172,9 @@ def test_which_advantages(overrides, name, options, tmp_path):
     ],
 )
 def test_config_refuses(overrides, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message) as error:
         config(tmp_path, **overrides)
+    assert error.value.argument in overrides
 
 
 def one_step(folder, **overrides):

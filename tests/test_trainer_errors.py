@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from grpo_fast import GRPOTrainer
+from grpo_fast.checks import ArgumentError
 
 
 def lora():
@@ -72,8 +73,9 @@ def lora():
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_config_refuses(overrides, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message) as error:
         config(tmp_path / "out", **overrides)
+    assert error.value.argument in overrides
     assert not (tmp_path / "out").exists()
 
 
