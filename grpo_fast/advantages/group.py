@@ -6,18 +6,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_fast.checks import describe, fail, nearest
+
 SCALES = ("group", "batch", "none")
 
 
 def scorable(rewards: Tensor) -> tuple[Tensor, Tensor]:
     """The rewards in float32 or float64, and which of them are scorable."""
     if rewards.dim() != 2 or not rewards.is_floating_point():
-        raise ValueError(
-            "rewards must be floating point of shape (P, G), "
-            f"got {rewards.dtype} {tuple(rewards.shape)}."
-        )
+        fail("rewards", "floating-point tensor (P, G)", describe(rewards))
     if torch.isinf(rewards).any():
-        raise ValueError("rewards must be finite or NaN (unscorable), got an infinite value.")
+        fail("rewards", "finite numbers or NaN (unscorable)", "an infinite one")
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     return rewards, ~torch.isnan(rewards)
 
@@ -73,7 +72,7 @@ def group_advantages(
         ValueError: rewards not (P, G) floating point, an infinite reward, an unknown scale.
     """
     if scale not in SCALES:
-        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}.")
+        fail("scale", "a known scale", repr(scale), nearest(scale, SCALES))
     rewards, valid = scorable(rewards)
     mean, std = _moments(rewards, valid, population)
     if scale == "batch":
@@ -127,5 +126,3 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     mean, _ = _moments(rewards, valid, population=True)
     advantage = (rewards - mean) * (count / (count - 1).clamp(min=1))
     return telling(advantage, rewards, valid)
-
-

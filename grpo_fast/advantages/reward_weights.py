@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_fast.checks import nearest
+from grpo_fast.checks import fail, nearest
 
 from .group import extremes, scorable, telling
 
@@ -28,23 +28,19 @@ def check_weighting(
             number that the scheme has no use for.
     """
     if scheme not in SCHEMES:
-        raise ValueError(
-            f"{prefix}scheme: expected a known scheme, got {scheme!r}; {nearest(scheme, SCHEMES)}"
-        )
+        fail(f"{prefix}scheme", "a known scheme", repr(scheme), nearest(scheme, SCHEMES))
     number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
     if not number or not 0 < temperature < math.inf:
-        raise ValueError(f"{prefix}temperature must be a finite number > 0, got {temperature!r}.")
+        fail(f"{prefix}temperature", "a finite number > 0", repr(temperature))
     if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
-        raise ValueError(f"{prefix}keep must be an integer >= 1, got {keep!r}.")
+        fail(f"{prefix}keep", "an integer >= 1", repr(keep))
     for name, value, owner in (
         ("temperature", temperature, "softmax"),
         ("keep", keep, "rejection"),
     ):
         if value != 1 and scheme != owner:
-            raise ValueError(
-                f"{prefix}{name}: only the scheme {owner!r} has it, expected 1 with {scheme!r}, "
-                f"got {value!r}."
-            )
+            expected = f"1 with the scheme {scheme!r}, since only {owner!r} has it"
+            fail(f"{prefix}{name}", expected, repr(value))
 
 
 def reward_weights(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from grpo_fast.checks import nearest
+from grpo_fast.checks import fail, nearest
 
 from .group import centered_advantages, group_advantages, leave_one_out_advantages
 from .reward_weights import reward_weights
@@ -32,13 +32,9 @@ def check_estimator(name: str, argument: str = "name") -> None:
     if name in ADVANTAGES:
         return
     if name == "given":
-        raise ValueError(
-            f"{argument}: 'given' stands for advantages of your own, which are not made of "
-            f"rewards; expected one of {', '.join(ADVANTAGES)}."
-        )
-    raise ValueError(
-        f"{argument}: expected a known estimator, got {name!r}; {nearest(name, list(ADVANTAGES))}"
-    )
+        hint = "it stands for advantages of your own, which are not made of rewards."
+        fail(argument, f"one of {', '.join(ADVANTAGES)}", "'given'", hint)
+    fail(argument, "a known estimator", repr(name), nearest(name, list(ADVANTAGES)))
 
 
 def advantages_of(name: str, rewards: Tensor, **options: object) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from grpo_fast.checks import fail
 from grpo_fast.trainer.config import GRPOConfig
 
 REASONING_GYM = "reasoning_gym:"
@@ -102,31 +103,30 @@ class ScriptArguments:
         if isinstance(self.dataset_kwargs, str):
             self.dataset_kwargs = _json_object(self.dataset_kwargs)
         if self.eval_size < 0:
-            raise ValueError(f"eval_size must be at least 0, got {self.eval_size}.")
+            fail("eval_size", "an integer >= 0", self.eval_size)
         if self.lora_r is not None and self.lora_r < 1:
-            raise ValueError(f"lora_r must be at least 1, got {self.lora_r}.")
+            fail("lora_r", "an integer >= 1", self.lora_r)
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
+            fail("lora_dropout", "a number in [0, 1)", self.lora_dropout)
         for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
             if (
                 self.lora_r is None
                 and getattr(self, name) != self.__dataclass_fields__[name].default
             ):
-                raise ValueError(f"{name}: set lora_r as well, or leave it out.")
+                value, hint = getattr(self, name), "set lora_r as well, or leave it out."
+                fail(name, "no value without lora_r", value, hint)
         if self.demo:
             given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
             if given:
-                raise ValueError(
-                    f"{given[0]}: the demo has its own model, dataset and reward; give --model and "
-                    "--dataset as well."
-                )
+                expected = "no value in the demo, which has its own model, dataset and reward"
+                hint = "give --model and --dataset as well."
+                fail(given[0], expected, getattr(self, given[0]), hint)
         elif self.model is None or self.dataset is None:
             missing = "model" if self.model is None else "dataset"
-            raise ValueError(f"{missing}: expected a value beside the other options, got none.")
+            fail(missing, "a value beside the other options", "none")
         elif not self.reward and not self.dataset.startswith(REASONING_GYM):
-            raise ValueError(
-                "reward: expected at least one; only a reasoning_gym dataset brings its own."
-            )
+            hint = "only a reasoning_gym dataset brings its own."
+            fail("reward", "at least one", "none", hint)
 
     @property
     def demo(self) -> bool:
@@ -217,7 +217,7 @@ class TrainParser(HfArgumentParser):
                 suggested) or a value of the wrong type.
         """
         if not Path(path).is_file():
-            raise ValueError(f"--config: no file {path!r}.")
+            fail("--config", "a file", repr(path))
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
 from grpo_fast.plan.route import choose
 from grpo_fast.plan.shape import _DTYPES, facts_of_shape
@@ -64,14 +65,12 @@ def _parser() -> argparse.ArgumentParser:
 def _shape(asked: argparse.Namespace) -> tuple[int, int]:
     if asked.model is not None:
         if asked.hidden is not None or asked.vocab is not None:
-            raise ValueError("--model: expected without --hidden and --vocab, got both.")
+            fail("--model", "none beside --hidden and --vocab", "both")
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(asked.model).get_text_config()
         return config.hidden_size, config.vocab_size
     for name in ("hidden", "vocab"):
         if getattr(asked, name) is None:
-            raise ValueError(f"--{name}: expected a number, or --model, got nothing.")
+            fail(f"--{name}", "a number, or --model", "nothing")
     return asked.hidden, asked.vocab
-
-

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo_fast.checks import ArgumentError, fail
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -59,27 +61,22 @@ def load_datasets(script: ScriptArguments, seed: int) -> tuple[Dataset, Dataset 
     """
     rows = _load_rows(script, seed)
     if len(rows) == 0:
-        raise ValueError(f"dataset {script.dataset!r}: expected rows, got an empty dataset.")
+        fail("dataset", "at least one row", f"none in {script.dataset!r}")
     column = script.prompt_column
     if column not in rows.column_names:
-        raise ValueError(
-            f"prompt_column: dataset {script.dataset!r} has no column {column!r}, only "
-            f"{', '.join(rows.column_names)}."
-        )
+        expected = f"a column of {script.dataset!r} ({', '.join(rows.column_names)})"
+        fail("prompt_column", expected, repr(column))
     if column != "prompt":
         if "prompt" in rows.column_names:
-            raise ValueError(
-                f"prompt_column: expected no column 'prompt' beside {column!r} in dataset "
-                f"{script.dataset!r}."
-            )
+            hint = "rename or drop that column."
+            got = f"{column!r} beside a column 'prompt' in {script.dataset!r}"
+            fail("prompt_column", "the only column of prompts", got, hint)
         rows = rows.rename_column(column, "prompt")
     if script.chat:
         rows = rows.map(_as_message)
     if script.eval_size >= len(rows):
-        raise ValueError(
-            f"eval_size: expected fewer than the {len(rows)} rows of the dataset, got "
-            f"{script.eval_size}."
-        )
+        expected = f"fewer than the {len(rows)} rows of the dataset"
+        fail("eval_size", expected, script.eval_size)
     if script.eval_size == 0:
         return rows, None
     kept = len(rows) - script.eval_size
@@ -112,14 +109,15 @@ def _load_rows(script: ScriptArguments, seed: int) -> Dataset:
     name, kwargs = script.dataset, dict(script.dataset_kwargs or {})
     if name.startswith(REASONING_GYM):
         if script.dataset_split != "train":
-            raise ValueError("dataset_split: a reasoning-gym task has no splits; use eval_size.")
+            expected = "'train' with a reasoning-gym task, which has no splits"
+            fail("dataset_split", expected, repr(script.dataset_split), "use eval_size.")
         settings = {"size": 1000, "seed": seed, **kwargs}
         return reasoning_gym_dataset(name.removeprefix(REASONING_GYM), **settings)
     kind = _FORMATS.get(Path(name).suffix)
     if kind is not None and not Path(name).is_file():
-        raise ValueError(f"dataset: no file {name!r}.")
+        fail("dataset", "a file", f"{name!r}, where there is none")
     if kind is not None and Path(name).stat().st_size == 0:
-        raise ValueError(f"dataset {name!r}: expected rows, got an empty file.")
+        fail("dataset", "at least one row", f"an empty file, {name!r}")
     source = {"path": name} if kind is None else {"path": kind, "data_files": name}
     try:
         return load_dataset(**source, split=script.dataset_split, **kwargs)
@@ -131,7 +129,7 @@ def _load_rows(script: ScriptArguments, seed: int) -> Dataset:
 
 def _as_message(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(row["prompt"], str):
-        raise ValueError(f"chat: expected string prompts, got {type(row['prompt']).__name__}.")
+        fail("chat", "string prompts", type(row["prompt"]).__name__)
     return {"prompt": [{"role": "user", "content": row["prompt"]}]}
 
 
@@ -141,7 +139,8 @@ def _lora(script: ScriptArguments) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError("lora_r: expected peft to be installed: pip install peft.") from error
+        hint = "pip install peft."
+        raise ArgumentError("lora_r", "peft to be installed", "no such package", hint) from error
     return LoraConfig(
         r=script.lora_r,
         lora_alpha=2 * script.lora_r if script.lora_alpha is None else script.lora_alpha,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from grpo_fast.checks import ArgumentError, nearest
+from grpo_fast.checks import ArgumentError, fail, nearest
 from grpo_fast.presets import OBJECTIVES, PRESETS
 
 # the number of an objective that a field of LossConfig stands behind
@@ -42,13 +42,13 @@ def check_options(loss_type: str, options: Iterable[str], allowed: tuple[str, ..
     """
     if loss_type not in PRESETS:
         known = nearest(loss_type, list(PRESETS))
-        raise ValueError(f"loss_type: expected a known loss type, got {loss_type!r}; {known}")
+        fail("loss_type", "a known loss type", repr(loss_type), known)
     preset = PRESETS[loss_type]
     numbers = set(OBJECTIVES[preset.objective].parameters)
     if "sequence_clipped" in preset.levels:
         numbers |= {"epsilon", "upper_epsilon"}
     for name in options:
         if name not in allowed:
-            raise ValueError(f"{name}: not an option here; {nearest(name, allowed)}")
+            fail(name, "an option of this adapter", "none of that name", nearest(name, allowed))
         if not numbers & set(_BEHIND.get(name, numbers)) and name in _BEHIND:
-            raise ValueError(f"{name}: {loss_type} has no use for it.")
+            fail(name, f"no value with {loss_type}, which has no use for it", "one")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast import linear_logprob
+from grpo_fast.checks import fail
 from grpo_fast.models.head import find_head
 from grpo_fast.models.policy import attach, is_attached
 
@@ -90,10 +91,8 @@ def _local_forward(
     compute_entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     if not is_attached(model):
-        raise ValueError(
-            "model: expected one whose forward takes head_fn, got another: call patch_swift before "
-            "the trainer is built, and replace no forward after that"
-        )
+        hint = "call patch_swift before the trainer is built, and replace no forward after that."
+        fail("model", "one whose forward takes head_fn", "another", hint)
     ids, mask = input_ids[:, -logits_to_keep:], _MASK.get()
 
     def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, Tensor | None]:

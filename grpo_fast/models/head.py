@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from grpo_fast.checks import fail
 from grpo_fast.engine.head import Head
 from grpo_fast.engine.logprob import linear_logprob
 
@@ -48,22 +49,18 @@ def innermost(model: nn.Module) -> PreTrainedModel:
         if hasattr(inner, "get_base_model"):
             if inner.active_peft_config.is_prompt_learning:
                 kind = inner.active_peft_config.peft_type
-                raise ValueError(
-                    f"model: expected a PEFT method that changes layers, such as LoRA, got {kind}, "
-                    "which prepends virtual tokens and cannot be packed"
-                )
+                hint = "it prepends virtual tokens and cannot be packed."
+                fail("model", "a PEFT method that changes layers, such as LoRA", kind, hint)
             inner = inner.get_base_model()
         elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
             inner = inner._orig_mod
         elif isinstance(getattr(inner, "module", None), nn.Module):
             inner = inner.module
         else:
-            raise ValueError(
-                "model: expected a transformers PreTrainedModel, or a wrapper that holds one as "
-                f"`.module`, got {type(model).__name__}"
-            )
+            expected = "a transformers PreTrainedModel, or a wrapper that holds one as `.module`"
+            fail("model", expected, type(model).__name__)
     if inner.config.is_encoder_decoder:
-        raise ValueError(f"model: expected a decoder-only model, got {type(inner).__name__}")
+        fail("model", "a decoder-only model", type(inner).__name__)
     return inner
 
 
@@ -88,10 +85,8 @@ def backbone(model: nn.Module) -> nn.Module:
     lm = innermost(model)
     body = lm.base_model
     if body is lm:
-        raise ValueError(
-            f"model: {type(lm).__name__} has no backbone of its own: expected a submodule named "
-            f"by base_model_prefix, got {lm.base_model_prefix!r}"
-        )
+        got = f"{type(lm).__name__}, which has no submodule {lm.base_model_prefix!r}"
+        fail("model", "a backbone of its own, named by base_model_prefix", got)
     return body
 
 
@@ -112,7 +107,7 @@ def find_head(model: nn.Module, *, partitioned: bool = False) -> Head:
     lm = innermost(model)
     module = lm.get_output_embeddings()
     if module is None:
-        raise ValueError(f"model: {type(lm).__name__} has no output embedding (lm_head)")
+        fail("model", "an output embedding (lm_head)", f"{type(lm).__name__} without one")
     lora = None
     if hasattr(module, "base_layer") or hasattr(module, "token_adapter"):
         module, lora = _adapted(lm, module)
@@ -120,22 +115,18 @@ def find_head(model: nn.Module, *, partitioned: bool = False) -> Head:
     # of full_tensor() is each rank's own
     weight, bias = module.weight, getattr(module, "bias", None)
     if hasattr(weight, "ds_id") and not partitioned:
-        raise ValueError("model: DeepSpeed ZeRO-3 partitions lm_head; use FSDP or ZeRO-2")
+        fail("model", "a whole lm_head", "one that ZeRO-3 partitions", "use FSDP or ZeRO-2.")
     shape = getattr(weight, "ds_shape", weight.shape)
     if len(shape) != 2 or weight.element_size() < 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"model: expected an unquantized (V, H) lm_head weight, got {weight.dtype} of shape "
-            f"{tuple(shape)}"
-        )
+        got = f"{weight.dtype} of shape {tuple(shape)}"
+        fail("model", "an unquantized (V, H) lm_head weight", got)
     text = lm.config.get_text_config(decoder=True)
     # Inkling pads the vocabulary of its weight and drops the padding from its logits.
     vocab = getattr(text, "unpadded_vocab_size", None) or shape[0]
     if vocab < shape[0]:
         if hasattr(weight, "full_tensor"):
-            raise ValueError(
-                f"model: expected an lm_head of {vocab} rows under FSDP2, got a padded one of "
-                f"{shape[0]}; leave it in the group of the whole model"
-            )
+            got, hint = f"a padded one of {shape[0]}", "leave it in the group of the whole model."
+            fail("model", f"an lm_head of {vocab} rows under FSDP2", got, hint)
         weight, bias = weight[:vocab], None if bias is None else bias[:vocab]
         lora = None if lora is None else (lora[0], lora[1][:vocab], lora[2])
     return Head(weight, bias, **_transform(lm, text), lora=lora)
@@ -160,11 +151,9 @@ def _adapted(lm: PreTrainedModel, module: nn.Module) -> tuple[nn.Module, tuple |
     else:
         name = active[0]
         return base, (module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
-    raise ValueError(
-        f"model: expected a plain lm_head or one LoRA adapter on it, got {got} on "
-        f"{_name_of(lm, module)}, which {reason}; leave it out of target_modules, or train a full "
-        "copy of it with modules_to_save"
-    )
+    got = f"{got} on {_name_of(lm, module)}, which {reason}"
+    hint = "leave it out of target_modules, or train a full copy of it with modules_to_save."
+    fail("model", "a plain lm_head or one LoRA adapter on it", got, hint)
 
 
 def _transform(lm: PreTrainedModel, text: Any) -> dict[str, Any]:
@@ -259,10 +248,8 @@ def _hidden_states(lm: nn.Module, hidden: Tensor | None, run: bool) -> Iterator[
 def _compare(lm: PreTrainedModel, head: Head, hidden: Tensor, logits: Tensor, ids: Tensor) -> None:
     hidden = hidden.to(head.weight.dtype)
     if logits.shape != (len(ids), head.weight.shape[0]):
-        raise ValueError(
-            f"model: the head of {type(lm).__name__} has {head.weight.shape[0]} rows, but its "
-            f"logits have shape {tuple(logits.shape)}"
-        )
+        got = f"{tuple(logits.shape)} from {type(lm).__name__}"
+        fail("model", f"logits {len(ids), head.weight.shape[0]}, as its head has rows", got)
     ours = linear_logprob(hidden, head, ids).logp
     theirs = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
     error = (ours - theirs).abs().max().item()

@@ -15,6 +15,8 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from grpo_fast.checks import fail
+
 
 def load_policy(
     name_or_path: str,
@@ -71,6 +73,7 @@ def load_processing(name_or_path: str, gguf_file: str | None = None) -> PreTrain
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **extra)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ValueError(f"name_or_path: the tokenizer of {name_or_path} has no EOS token")
+            expected = "a tokenizer with a padding or an EOS token"
+            fail("name_or_path", expected, f"{name_or_path}, which has neither")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo_fast.checks import fail
 from grpo_fast.engine.logprob import linear_logprob
 
 from .head import Head, evaluating, innermost
@@ -120,15 +121,13 @@ def _check_sequences(
     prompt_ids: list[list[int]], completion_ids: list[list[int]], row_length: int | None
 ) -> None:
     if not prompt_ids or len(prompt_ids) != len(completion_ids):
-        raise ValueError(
-            "completion_ids: expected one completion per prompt and at least one, got "
-            f"{len(completion_ids)} for {len(prompt_ids)} prompts"
-        )
+        expected = "one completion per prompt and at least one"
+        fail("completion_ids", expected, f"{len(completion_ids)} for {len(prompt_ids)} prompts")
     for s, prompt in enumerate(prompt_ids):
         if not prompt:
-            raise ValueError(f"prompt_ids: expected at least one token, got none in row {s}")
+            fail("prompt_ids", "at least one token", f"none in row {s}")
     if row_length is not None and row_length < 1:
-        raise ValueError(f"row_length: expected None or an int >= 1, got {row_length}")
+        fail("row_length", "None or an integer >= 1", row_length)
 
 
 def _first_fit(
@@ -211,7 +210,7 @@ def check_packing(model: nn.Module, pad_id: int) -> None:
 def _check_attached(model: nn.Module) -> None:
     # transformers swallows keywords that it does not know, and would return logits.
     if not is_attached(model):
-        raise ValueError("model: expected one that takes head_fn, call attach(model) first")
+        fail("model", "one that takes head_fn", type(model).__name__, "call attach(model) first.")
 
 
 def _selected_hidden(model: nn.Module, batch: PackedBatch) -> Tensor:

@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from grpo_fast.checks import fail
+
 from .head import TRANSFORM, backbone, check_head, find_head, innermost
 
 _MARK = "_grpo_fast_previous"
@@ -44,10 +46,8 @@ def attach(
     """
     lm = innermost(model)
     if getattr(lm.config.get_text_config(decoder=True), "output_router_logits", False):
-        raise ValueError(
-            "model: expected config.output_router_logits=False, got True: the auxiliary router "
-            "loss would be dropped"
-        )
+        hint = "the auxiliary router loss would be dropped."
+        fail("model", "config.output_router_logits=False", True, hint)
     override = {"softcap": softcap, "logit_scale": logit_scale}
     override = {name: float(value) for name, value in override.items() if value is not None}
     if not override and _ours(lm) is not None:
@@ -75,7 +75,8 @@ def detach(model: nn.Module) -> None:
     if ours is None:
         return
     if lm.forward.__func__ is not ours:
-        raise ValueError("model: forward has been wrapped since attach; remove that wrapper first")
+        got, hint = "one that has been wrapped since", "remove that wrapper first."
+        fail("model", "the forward that attach left", got, hint)
     previous = getattr(ours, _MARK)
     del lm.forward
     if previous is not None:
@@ -132,11 +133,11 @@ def _through_head(
     given = {name: value for name, value in kwargs.items() if value is not None}
     for name in ("labels", "logits_to_keep", "past_key_values"):
         if name in given:
-            raise ValueError(f"{name}: has no meaning together with head_fn, got it anyway")
+            expected = "None with head_fn, beside which it has no meaning"
+            fail(name, expected, type(given[name]).__name__)
     if given.setdefault("use_cache", False):
-        raise ValueError("use_cache: a cache switches packed attention off; expected False or None")
+        hint = "a cache switches packed attention off."
+        fail("use_cache", "False or None", given["use_cache"], hint)
     hidden = backbone(lm)(*args, **given)[0]
     head = find_head(lm)
     return head_fn(hidden.to(head.weight.dtype), head)
-
-

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.checks import fail
 from grpo_fast.models.head import (
     evaluating,
     innermost,
@@ -30,7 +31,7 @@ class ReferencePolicy:
         if peft:
             while not hasattr(model, "disable_adapter"):
                 if not isinstance(getattr(model, "module", None), nn.Module):
-                    raise ValueError(f"model: expected a PeftModel, got {type(model).__name__}")
+                    fail("model", "a PeftModel", type(model).__name__)
                 model = model.module
             self.model = model
         else:
@@ -55,13 +56,14 @@ class ReferencePolicy:
                 parameters of `model` have other names or shapes.
         """
         if self.peft:
-            raise ValueError("sync: the reference of a PEFT model is its base and cannot move")
+            expected = "a full model, whose reference can move"
+            fail("model", expected, "a PEFT model, whose reference is its base")
         if not 0 < alpha <= 1:
-            raise ValueError(f"alpha: expected a number in (0, 1], got {alpha}")
+            fail("alpha", "a number in (0, 1]", alpha)
         ours = dict(innermost(self.model).named_parameters())
         theirs = dict(innermost(model).named_parameters())
         if [(n, p.shape) for n, p in ours.items()] != [(n, p.shape) for n, p in theirs.items()]:
-            raise ValueError("model: its parameters are not those the reference was made from")
+            fail("model", "the parameters that the reference was made from", "others")
         for name, reference in ours.items():
             reference.lerp_(theirs[name].to(reference), alpha)
 
@@ -77,6 +79,6 @@ class ReferencePolicy:
         """
         if (state is None) != self.peft:
             kind = "None" if self.peft else "a state dict"
-            raise ValueError(f"state: expected {kind} for this reference, got the other")
+            fail("state", f"{kind} for this reference", "the other")
         if state is not None:
             self.model.load_state_dict(state)

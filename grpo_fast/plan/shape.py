@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
+from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.chunks import COLUMNS_FIRST, chunk_size, round_up
 from grpo_fast.objective.batch import needs_sequences
@@ -23,9 +24,9 @@ def facts_of_shape(asked: argparse.Namespace, H: int, V: int) -> Facts:
         ("lora-rank", asked.lora_rank, 0),
     ):
         if value < low:
-            raise ValueError(f"--{name}: expected at least {low}, got {value}.")
+            fail(f"--{name}", f"at least {low}", value)
     if not 0 <= asked.active <= 1:
-        raise ValueError(f"--active: expected a share from 0 to 1, got {asked.active}.")
+        fail("--active", "a share from 0 to 1", asked.active)
     config = _config(asked)
     itemsize = _DTYPES[asked.dtype]
     _, rows = chunk_size(asked.workspace_bytes, V, H + asked.lora_rank, itemsize, asked.device)

@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from grpo_fast.checks import fail
+
 # bounds the activations of one forward; a generation batch may hold thousands of completions
 _ROWS = 32
 
@@ -46,18 +48,16 @@ class RewardModel:
             model = _load(model, init_kwargs or {})
         config = getattr(model, "config", None)
         if getattr(config, "num_labels", None) != 1:
-            raise ValueError(
-                "reward_funcs: a reward model must be a sequence classifier with num_labels=1, got "
-                f"{type(model).__name__} with num_labels={getattr(config, 'num_labels', None)}."
-            )
+            labels = getattr(config, "num_labels", None)
+            got = f"{type(model).__name__} with num_labels={labels}"
+            fail("reward_funcs", "sequence classifiers with num_labels=1 as reward models", got)
         source = config.name_or_path
         self.__name__ = source.rstrip("/").split("/")[-1] or type(model).__name__
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token is None:
-                raise ValueError(
-                    f"reward model {self.__name__!r}: its tokenizer has no padding token."
-                )
+                got = f"none for reward model {self.__name__!r}"
+                fail("reward_processing_classes", "a tokenizer with a padding token", got)
             tokenizer.pad_token = tokenizer.eos_token
         # decoder classifiers find the last real token by this id
         config.pad_token_id = tokenizer.pad_token_id
@@ -110,7 +110,7 @@ def _load(name: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise ValueError(
-            f"reward {name!r}: the checkpoint has no weights for {missing}; a reward model must be "
-            "a trained sequence classifier, these would be random."
+            f"reward {name!r}: the checkpoint has no weights for {missing}, which would be random; "
+            "expected a trained sequence classifier."
         )
     return model

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from grpo_fast.checks import fail
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -50,7 +52,7 @@ def reasoning_gym_dataset(
     from datasets import Dataset
 
     if size < 1:
-        raise ValueError(f"size must be at least 1, got {size}.")
+        fail("size", "an integer >= 1", size)
     draws = _DRAWS * size
     source = _create(task, size=draws, seed=seed, **config)
     formatter = formatter or _as_message
@@ -61,10 +63,8 @@ def reasoning_gym_dataset(
             rows[entry["question"]] = {"prompt": formatter(entry), "entry": encode_entry(entry)}
         if len(rows) == size:
             return Dataset.from_list(list(rows.values()))
-    raise ValueError(
-        f"size: {task!r} with these settings gave {len(rows)} different questions in {draws} "
-        f"draws, expected {size}."
-    )
+    got = f"{len(rows)} in {draws} draws"
+    fail("size", f"{size} different questions of {task!r} with these settings", got)
 
 
 def reasoning_gym_reward(task: str, **config: Any) -> Callable[..., list[float | None]]:
@@ -114,7 +114,7 @@ def decode_entry(text: str) -> dict[str, Any]:
     """
     entry = json.loads(text, object_hook=_restore)
     if not isinstance(entry, dict) or "question" not in entry:
-        raise ValueError(f"entry: expected the JSON of a reasoning-gym entry, got {text[:80]!r}.")
+        fail("entry", "the JSON of a reasoning-gym entry", repr(text[:80]))
     return entry
 
 
@@ -149,7 +149,7 @@ def _create(task: str, **config: Any) -> Any:
     if task not in DATASETS:
         close = difflib.get_close_matches(task, DATASETS, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see reasoning_gym."
-        raise ValueError(f"reasoning_gym has no task {task!r}; {hint}")
+        fail("task", "a task of reasoning_gym", repr(task), hint)
     try:
         return create_dataset(task, **config)
     # a task checks its settings with assertions

@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerationMode
 
+from grpo_fast.checks import fail
 from grpo_fast.models.head import backbone, evaluating, innermost
 
 from .rollouts import Rollouts
@@ -116,26 +117,19 @@ def _resolve(config: GenerationConfig, pad_id: int, eos_ids: set[int]) -> Genera
             setattr(config, name, value)
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
-        raise ValueError(f"generation_config: expected sampling or greedy search, got {mode.value}")
+        fail("generation_config", "sampling or greedy search", mode.value)
     if not config.max_new_tokens or config.max_new_tokens < 1:
-        got = config.max_new_tokens
-        raise ValueError(f"generation_config: expected max_new_tokens >= 1, got {got}")
+        fail("generation_config", "max_new_tokens >= 1", config.max_new_tokens)
     if (config.num_return_sequences or 1) != 1:
-        raise ValueError(
-            "generation_config: expected num_return_sequences=1 (num_generations says how many), "
-            f"got {config.num_return_sequences}"
-        )
+        got, hint = config.num_return_sequences, "num_generations says how many."
+        fail("generation_config", "num_return_sequences=1", got, hint)
     for name in ("stop_strings", "max_time"):
         if getattr(config, name, None) is not None:
-            raise ValueError(
-                f"generation_config: {name} ends a completion without an EOS token, which would "
-                "make it look truncated; expected None"
-            )
+            hint = "it ends a completion without an EOS token, which would look truncated."
+            fail("generation_config", f"{name}=None", repr(getattr(config, name)), hint)
     if config.no_repeat_ngram_size:
-        raise ValueError(
-            "generation_config: no_repeat_ngram_size looks at the padding too, so a completion "
-            f"would depend on its neighbours; expected None, got {config.no_repeat_ngram_size}"
-        )
+        hint = "it looks at the padding too, so a completion would depend on its neighbours."
+        fail("generation_config", "no_repeat_ngram_size=None", config.no_repeat_ngram_size, hint)
     config.pad_token_id = pad_id
     config.eos_token_id = sorted(eos_ids) or None
     config.return_dict_in_generate = False
@@ -146,22 +140,21 @@ def _check(
     lm: PreTrainedModel, prompts: list[list[int]], num_generations: int, config: GenerationConfig
 ) -> None:
     if not prompts:
-        raise ValueError("prompts: expected at least one prompt, got none")
+        fail("prompts", "at least one prompt", "none")
     if num_generations < 1:
-        raise ValueError(f"num_generations: expected an int >= 1, got {num_generations}")
+        fail("num_generations", "an integer >= 1", num_generations)
     vocab = lm.get_input_embeddings().num_embeddings
     context = getattr(lm.config.get_text_config(decoder=True), "max_position_embeddings", None)
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompts: expected at least one token, got none in row {row}")
+            fail("prompts", "at least one token", f"none in row {row}")
         if min(prompt) < 0 or max(prompt) >= vocab:
             bad = next(token for token in prompt if not 0 <= token < vocab)
-            raise ValueError(f"prompts: expected ids in [0, {vocab}), got {bad} in row {row}")
+            fail("prompts", f"ids in [0, {vocab})", f"{bad} in row {row}")
         if context is not None and len(prompt) + config.max_new_tokens > context:
-            raise ValueError(
-                f"prompts: row {row} has {len(prompt)} tokens, which with max_new_tokens="
-                f"{config.max_new_tokens} is more than the context of {context}"
-            )
+            room = context - config.max_new_tokens
+            expected = f"at most {room} tokens (context {context} less max_new_tokens)"
+            fail("prompts", expected, f"{len(prompt)} in row {row}")
 
 
 def _left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

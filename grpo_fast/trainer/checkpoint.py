@@ -277,7 +277,8 @@ def newest(output_dir: str) -> tuple[Path, list[str]]:
             return path, skipped
         skipped.append(f"{path}: {reason}")
     listing = "; ".join(skipped) if skipped else "it holds no checkpoint-<step> folder"
-    raise ValueError(f"resume_from_checkpoint: nothing to resume in {output_dir}: {listing}.")
+    expected = f"a complete checkpoint in {output_dir}"
+    fail("resume_from_checkpoint", expected, f"none: {listing}")
 
 
 def check(folder: Path, fingerprint: dict[str, Any], defaults: dict[str, Any]) -> None:
@@ -291,7 +292,7 @@ def check(folder: Path, fingerprint: dict[str, Any], defaults: dict[str, Any]) -
     """
     reason = problem(folder)
     if reason:
-        raise ValueError(f"resume_from_checkpoint: cannot resume {folder}: {reason}.")
+        fail("resume_from_checkpoint", "a complete checkpoint", f"{folder}: {reason}")
     stored = json.loads((folder / MARKER).read_text(encoding="utf-8"))["fingerprint"]
     # through JSON, as the stored one went: tuples become lists
     current = json.loads(json.dumps(fingerprint))
@@ -301,6 +302,5 @@ def check(folder: Path, fingerprint: dict[str, Any], defaults: dict[str, Any]) -
     keys = [k for k in (stored | current) if stored.get(k) != current.get(k)]
     if keys:
         listing = ", ".join(f"{k} was {stored.get(k)!r}, is {current.get(k)!r}" for k in keys)
-        raise ValueError(
-            f"resume_from_checkpoint: {folder} comes from another configuration: {listing}."
-        )
+        expected = "a checkpoint of this configuration"
+        fail("resume_from_checkpoint", expected, f"{folder} of another one: {listing}")

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from grpo_fast.advantages.reward_weights import SCHEMES, check_weighting
 from grpo_fast.advantages.table import ADVANTAGES, check_estimator
+from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
 from grpo_fast.presets import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS
 from grpo_fast.rewards.checks import check_limit
@@ -207,7 +208,7 @@ class GRPOConfig(TrainingArguments):
         for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
-                raise ValueError(f"{name} must be a dict or a JSON object, got {value!r}.")
+                fail(name, "a dict or a JSON object", repr(value))
         self.loss_config()
         self._check_integers()
         self.num_generations_eval = self.num_generations_eval or self.num_generations
@@ -266,8 +267,8 @@ class GRPOConfig(TrainingArguments):
             if value is None and type(self).__dataclass_fields__[name].default is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                reason = " (a group needs a baseline)" if name == "num_generations" else ""
-                raise ValueError(f"{name} must be an integer >= {low}{reason}, got {value!r}.")
+                hint = "a group needs a baseline." if name == "num_generations" else ""
+                fail(name, f"an integer >= {low}", repr(value), hint)
 
     def _check_sampling(self) -> None:
         # (name, largest value, whether 0 is allowed)
@@ -288,27 +289,25 @@ class GRPOConfig(TrainingArguments):
                 or (value == 0 and not zero)
             ):
                 bounds = f"{'[' if zero else '('}0, {high:g}{']' if high < math.inf else ')'}"
-                raise ValueError(f"{name} must be a number in {bounds}, got {value!r}.")
+                fail(name, f"a number in {bounds}", repr(value))
         owned = {"max_new_tokens", "do_sample", "num_return_sequences", "temperature"}
         clash = sorted(owned & set(self.generation_kwargs or {}))
         if clash:
-            raise ValueError(
-                f"generation_kwargs: {', '.join(clash)} belong to max_completion_length, "
-                "num_generations and temperature of GRPOConfig, which the loss uses too."
+            hint = (
+                "set max_completion_length, num_generations and temperature of GRPOConfig, which "
+                "the loss uses too."
             )
+            fail("generation_kwargs", f"none of {', '.join(sorted(owned))}", clash, hint)
 
     def _check_rewards(self) -> None:
         check_limit("reward_timeout", self.reward_timeout)
         check_aggregation(self.multi_objective_aggregation)
         self.scale_rewards = _SCALES.get(self.scale_rewards, self.scale_rewards)
         if self.scale_rewards not in ("group", "batch", "none", None):
-            raise ValueError(
-                f"scale_rewards must be 'group', 'batch' or 'none', got {self.scale_rewards!r}."
-            )
+            fail("scale_rewards", "'group', 'batch' or 'none'", repr(self.scale_rewards))
         if self.sync_ref_model and self.beta == 0:
-            raise ValueError(
-                "sync_ref_model: beta is 0, so there is no reference; set beta above 0."
-            )
+            expected = "False with beta = 0, which has no reference"
+            fail("sync_ref_model", expected, True, "set beta above 0.")
 
     def _check_advantages(self) -> None:
         if self.advantage_estimator is not None:
@@ -319,78 +318,62 @@ class GRPOConfig(TrainingArguments):
         scales = ("group", "batch") if name == "group" else ("none",)
         if self.scale_rewards is not None and self.scale_rewards not in scales:
             expected = " or ".join(map(repr, (None, *scales)))
-            raise ValueError(
-                f"scale_rewards: {chosen} takes {name} advantages, expected {expected}, "
-                f"got {self.scale_rewards!r}."
-            )
+            expected = f"{expected} with the {name} advantages of {chosen}"
+            fail("scale_rewards", expected, repr(self.scale_rewards))
         decoupled = self.multi_objective_aggregation == "normalize_then_sum"
         if decoupled and self.estimator != ("group", {"scale": "group"}):
-            raise ValueError(
-                "multi_objective_aggregation: 'normalize_then_sum' makes advantages of its own, "
-                f"expected those of the group divided by its std, got {self.estimator!r}."
-            )
+            expected = "'sum_then_normalize' but for advantages of the group divided by its std"
+            fail("multi_objective_aggregation", expected, f"'normalize_then_sum' with {name}")
         if name == "reward_weights":
             check_weighting(
                 **{keyword: getattr(self, option) for option, keyword in _WEIGHTING},
                 prefix="reward_weight_",
             )
             if self.reward_weight_keep > self.num_generations:
-                raise ValueError(
-                    f"reward_weight_keep must be at most num_generations = {self.num_generations}, "
-                    f"got {self.reward_weight_keep}."
-                )
+                expected = f"at most num_generations = {self.num_generations}"
+                fail("reward_weight_keep", expected, self.reward_weight_keep)
             return
         for option, _ in _WEIGHTING:
-            value = getattr(self, option)
-            if value != type(self).__dataclass_fields__[option].default:
-                raise ValueError(
-                    f"{option}: {chosen} takes {name} advantages, which have no weights, got "
-                    f"{value!r}; set advantage_estimator='reward_weights' or leave it out."
-                )
+            value, default = getattr(self, option), type(self).__dataclass_fields__[option].default
+            if value != default:
+                expected = f"{default!r} with the {name} advantages of {chosen}, without weights"
+                hint = "set advantage_estimator='reward_weights' or leave it out."
+                fail(option, expected, repr(value), hint)
 
     def _check_batches(self) -> None:
         step = self.per_device_train_batch_size * self.world_size
         batch, steps = self.generation_batch_size, self.steps_per_generation
         if batch is not None and batch % step:
-            raise ValueError(
-                "generation_batch_size must be a multiple of per_device_train_batch_size x ranks = "
-                f"{step}, got {batch}."
-            )
+            expected = f"a multiple of per_device_train_batch_size x ranks = {step}"
+            fail("generation_batch_size", expected, batch)
         # an agreeing pair is a copy of finished arguments (dataclasses.replace)
         if batch is not None and steps is not None and batch != step * steps:
-            raise ValueError(
-                "generation_batch_size and steps_per_generation exclude each other, got "
-                f"{batch} and {steps}."
-            )
+            expected = f"{step * steps} with steps_per_generation = {steps}"
+            fail("generation_batch_size", expected, batch, "set one of the two.")
         if steps is None:
             steps = self.gradient_accumulation_steps if batch is None else batch // step
         self.steps_per_generation, self.generation_batch_size = steps, step * steps
         if self.generation_batch_size % self.num_generations:
-            raise ValueError(
-                f"num_generations = {self.num_generations} must divide the generation batch of "
-                f"{self.generation_batch_size} completions (per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} x ranks {self.world_size} x "
-                f"steps_per_generation {self.steps_per_generation})."
+            expected = (
+                f"a divisor of the generation batch of {self.generation_batch_size} completions "
+                f"(per_device_train_batch_size {self.per_device_train_batch_size} x ranks "
+                f"{self.world_size} x steps_per_generation {self.steps_per_generation})"
             )
+            fail("num_generations", expected, self.num_generations)
 
     def _check_trainer(self) -> None:
         if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns must be False: it would drop the prompt and reward columns."
-            )
+            hint = "it would drop the prompt and reward columns."
+            fail("remove_unused_columns", "False", True, hint)
         if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size must be False: it would change the groups.")
+            fail("auto_find_batch_size", "False", True, "it would change the groups.")
         if getattr(self, "enable_jit_checkpoint", False):
-            raise ValueError(
-                "enable_jit_checkpoint must be False: it saves within a step, when the rollouts of "
-                "the next one are already drawn."
-            )
+            hint = "it saves within a step, when the rollouts of the next one are already drawn."
+            fail("enable_jit_checkpoint", "False", True, hint)
         if not self.use_liger_kernel:
             return
         # Liger's layers are welcome, its forward would take the place of the one with our head
         name = "fused_linear_cross_entropy"
         self.liger_kernel_config = {name: False, **(self.liger_kernel_config or {})}
         if self.liger_kernel_config[name]:
-            raise ValueError(
-                f"liger_kernel_config: {name} must be False: it would replace the head."
-            )
+            fail("liger_kernel_config", f"{name} False", True, "it would replace the head.")

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from grpo_fast.advantages.table import advantages_of
+from grpo_fast.checks import fail
 from grpo_fast.loss.linear import linear_policy_loss
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.packing import (
@@ -141,9 +142,9 @@ class GRPOTrainer(RolloutTrainer):
 
     def _prepare_policy(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "args: sampling from sharded parameters (FSDP, DeepSpeed) is not supported."
-            )
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            hint = "sampling from sharded parameters is not supported."
+            fail("args", "whole parameters on every rank", engine, hint)
         attach(self.model)
         check_packing(self.model, self.processing_class.pad_token_id)
         self.row_length = default_row_length(self.model)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
+from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
 
 from . import checkpoint
@@ -124,7 +125,7 @@ class ResumableTrainer(Trainer):
                 another configuration.
         """
         if self.train_dataset is None:
-            raise ValueError("train_dataset: training needs one, got None.")
+            fail("train_dataset", "a dataset to train on", None)
         self._reset_run()
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)

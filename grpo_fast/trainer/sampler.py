@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
+from grpo_fast.checks import fail
+
 
 class WindowSampler(Sampler[int]):
     """Yields the index of every prompt num_generations times in a row, window after window.
@@ -99,17 +101,16 @@ def check_dataset(name: str, dataset: Any) -> None:
     sized = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     iterable = isinstance(dataset, torch.utils.data.IterableDataset)
     if iterable or not sized or isinstance(dataset, (str, dict)):
-        raise ValueError(
-            f"{name} must be a map-style dataset (datasets.Dataset or a list of dicts): the order "
-            f"of prompts and resume need its length, got {type(dataset).__name__}."
-        )
+        expected = "a map-style dataset (datasets.Dataset or a list of dicts)"
+        hint = "the order of prompts and resume need its length."
+        fail(name, expected, type(dataset).__name__, hint)
     if len(dataset) == 0:
-        raise ValueError(f"{name} is empty, expected at least one prompt.")
+        fail(name, "at least one prompt", "none")
     if not isinstance(dataset[0], dict):
-        raise ValueError(f"{name}: rows must be dicts, got {type(dataset[0]).__name__}.")
+        fail(name, "rows that are dicts", type(dataset[0]).__name__)
     columns = column_names(dataset)
     if "prompt" not in columns:
-        raise ValueError(f"{name} has no column 'prompt'; its columns are {', '.join(columns)}.")
+        fail(name, "a column 'prompt'", f"the columns {', '.join(columns)}")
     if not hasattr(dataset, "column_names"):
         _check_rows(name, dataset, columns)
 
@@ -118,9 +119,7 @@ def _check_rows(name: str, rows: Sequence[dict], columns: list[str]) -> None:
     for index, row in enumerate(rows):
         if not isinstance(row, dict) or list(row) != columns and set(row) != set(columns):
             got = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(
-                f"{name}: row {index} must have the columns of row 0, {sorted(columns)}, got {got}."
-            )
+            fail(name, f"the columns of row 0, {sorted(columns)}", f"{got} in row {index}")
 
 
 def is_conversational(prompt: Any) -> bool:
@@ -128,16 +127,17 @@ def is_conversational(prompt: Any) -> bool:
     return not isinstance(prompt, str)
 
 
-def _prompt_problem(prompt: Any) -> str | None:
+def _prompt_problem(prompt: Any) -> tuple[str, str] | None:
+    """What was expected of a prompt and what came; None where nothing is wrong."""
     if isinstance(prompt, str):
-        return None if prompt else "is an empty string"
+        return None if prompt else ("prompts of at least one character", "an empty string")
     if not isinstance(prompt, (list, tuple)) or not prompt:
-        return f"must be a string or a list of messages, got {prompt!r:.80}"
+        return "prompts that are a string or a list of messages", f"{prompt!r:.80}"
     for message in prompt:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            return f"has a message without 'role' and 'content': {message!r:.80}"
+            return "messages with 'role' and 'content'", f"{message!r:.80}"
         if not isinstance(message["content"], str):
-            return f"has a message whose content is no text: {message!r:.80}"
+            return "messages whose content is text", f"{message!r:.80}"
     return None
 
 
@@ -166,18 +166,17 @@ def check_prompts(
             first = is_conversational(prompt)
             overhead = len(encode(prompt))
         if problem is None and is_conversational(prompt) != first:
-            problem = "is of another kind than row 0 (strings and messages are mixed)"
+            kinds = ("a string", "a list of messages")
+            problem = f"prompts of one kind, {kinds[first]} in row 0", kinds[not first]
         if problem:
-            raise ValueError(f"{name}: prompt of row {row} {problem}.")
+            fail(name, problem[0], f"{problem[1]} in row {row}")
         digest.update(repr(prompt).encode("utf-8", "surrogatepass"))
         if room is None or _byte_length(prompt) + overhead <= room:
             continue
         tokens = len(encode(prompt))
         if tokens > room:
-            raise ValueError(
-                f"{name}: prompt of row {row} has {tokens} tokens, but the context leaves room for "
-                f"{room} beside max_completion_length."
-            )
+            expected = f"prompts of at most {room} tokens, which max_completion_length leaves"
+            fail(name, expected, f"{tokens} in row {row}")
     return digest.hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from grpo_fast.checks import ArgumentError, fail
 from grpo_fast.models.loading import load_policy, load_processing
 
 from .config import GRPOConfig
@@ -28,35 +29,36 @@ def check_arguments(
         ValueError: naming the argument.
     """
     if not isinstance(args, GRPOConfig):
-        raise ValueError(f"args must be a GRPOConfig, got {type(args).__name__}.")
+        fail("args", "a GRPOConfig", type(args).__name__)
     if args.n_gpu > 1:
-        raise ValueError(
-            f"args: nn.DataParallel over {args.n_gpu} GPUs is not supported; start one process for "
-            "each with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES."
+        hint = (
+            "nn.DataParallel is not supported: start one process for each with torchrun or "
+            "accelerate launch, or set CUDA_VISIBLE_DEVICES."
         )
+        fail("args", "one GPU in a process", f"{args.n_gpu} GPUs", hint)
     if args.fsdp or args.deepspeed:
-        raise ValueError(
-            "args: sampling from sharded parameters (fsdp, deepspeed) is not supported."
-        )
+        name = "fsdp" if args.fsdp else "deepspeed"
+        hint = "sampling from sharded parameters is not supported."
+        fail(name, "none", repr(getattr(args, name)), hint)
     adapter = peft_config is not None or hasattr(model, "peft_config")
     if args.sync_ref_model and adapter:
-        raise ValueError(
-            "sync_ref_model: the reference of an adapter is its base model, which cannot move; "
-            "set it to False or train without peft_config."
-        )
+        expected = "False with an adapter, whose reference is its base model and cannot move"
+        fail("sync_ref_model", expected, True, "set it to False or train without peft_config.")
     if peft_config is not None and hasattr(model, "peft_config"):
-        raise ValueError("peft_config: model is a PeftModel already, expected None.")
+        expected = "None with a model that is a PeftModel already"
+        fail("peft_config", expected, type(peft_config).__name__)
     if not isinstance(model, (str, nn.Module)):
-        raise ValueError(f"model must be a name, a path or a model, got {type(model).__name__}.")
+        fail("model", "a name, a path or a model", type(model).__name__)
     if args.model_init_kwargs and not isinstance(model, str):
-        raise ValueError("model_init_kwargs: model is built already, expected None.")
+        expected = "None with a model that is built already"
+        fail("model_init_kwargs", expected, args.model_init_kwargs)
     datasets = {} if train_dataset is None else {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets.update({f"eval_dataset[{key!r}]": value for key, value in eval_dataset.items()})
     elif eval_dataset is not None:
         datasets["eval_dataset"] = eval_dataset
     if not datasets:
-        raise ValueError("train_dataset: expected a dataset, got None.")
+        fail("train_dataset", "a dataset", None)
     for name, dataset in datasets.items():
         check_dataset(name, dataset)
     check_writable(args.output_dir)
@@ -68,13 +70,14 @@ def check_writable(output_dir: str) -> None:
     path = Path(output_dir).absolute()
     existing = next(p for p in (path, *path.parents) if os.path.lexists(p))
     if not existing.is_dir():
-        raise ValueError(f"output_dir: cannot write {output_dir}: {existing} is not a folder.")
+        fail("output_dir", "a folder that can be written", output_dir, f"{existing} is a file.")
     # permission bits say nothing about a read-only file system, and nothing to root: try it
     try:
         tempfile.TemporaryDirectory(dir=existing).cleanup()
     except OSError as error:
-        raise ValueError(
-            f"output_dir: cannot write {output_dir}: {existing} takes no new folder ({error})."
+        hint = f"{existing} takes no new folder ({error})."
+        raise ArgumentError(
+            "output_dir", "a folder that can be written", output_dir, hint
         ) from error
 
 
@@ -85,18 +88,14 @@ def tokenizer_of(
     if processing_class is None:
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         if not name:
-            raise ValueError(
-                "processing_class: expected a tokenizer for a model without a checkpoint."
-            )
+            fail("processing_class", "a tokenizer for a model without a checkpoint", None)
         return load_processing(name, gguf_file=(args.model_init_kwargs or {}).get("gguf_file"))
     if not isinstance(processing_class, PreTrainedTokenizerBase):
-        kind = type(processing_class).__name__
-        raise ValueError(f"processing_class must be a tokenizer, got {kind}.")
+        fail("processing_class", "a tokenizer", type(processing_class).__name__)
     if processing_class.pad_token_id is None:
         if processing_class.eos_token_id is None:
-            raise ValueError(
-                "processing_class: has neither a padding nor an end-of-sequence token."
-            )
+            expected = "a tokenizer with a padding or an end-of-sequence token"
+            fail("processing_class", expected, "neither", "set pad_token.")
         processing_class.pad_token = processing_class.eos_token
     return processing_class
 
@@ -152,8 +151,7 @@ def prompt_room(model: nn.Module, args: GRPOConfig) -> int | None:
     if context is None:
         return None
     if args.max_completion_length >= context:
-        raise ValueError(
-            f"max_completion_length = {args.max_completion_length} leaves no room for a prompt in "
-            f"the context of {context} tokens."
-        )
+        expected = f"less than the model's context of {context} tokens"
+        got, hint = args.max_completion_length, "it leaves no room for a prompt."
+        fail("max_completion_length", expected, got, hint)
     return context - args.max_completion_length

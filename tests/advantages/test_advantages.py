@@ -208,15 +208,31 @@ def test_every_row_of_presets_names_an_estimator():
     ("name", "options", "message"),
     [
         ("leave_one", {}, "name: .*'leave_one'; did you mean 'leave_one_out'.* Known: group, cent"),
-        ("given", {}, "name: 'given' stands for advantages of your own"),
-        ("group", {"scale": "groups"}, "scale must be one of group, batch, none, got 'groups'"),
+        ("given", {}, "name: .*got 'given'; it stands for advantages of your own"),
+        ("group", {"scale": "groups"}, "scale: expected a known scale, got 'groups'; did you"),
         ("reward_weights", {"scheme": "ranks"}, "scheme: .*got 'ranks'; did you mean 'rank'"),
-        ("reward_weights", {"temperature": 0.0}, "temperature: expected a finite number > 0"),
-        ("reward_weights", {"temperature": NAN}, "temperature: expected a finite number > 0"),
-        ("reward_weights", {"scheme": "rejection", "keep": 0}, "keep must be an integer >= 1"),
-        ("reward_weights", {"scheme": "rejection", "keep": 0.5}, "keep must be an integer >= 1"),
-        ("reward_weights", {"scheme": "rank", "temperature": 2.0}, "temperature: only the scheme"),
-        ("reward_weights", {"scheme": "linear", "keep": 2}, "keep: only the scheme 'rejection'"),
+        (
+            "reward_weights",
+            {"temperature": 0.0},
+            "temperature: expected a finite number > 0, got 0",
+        ),
+        (
+            "reward_weights",
+            {"temperature": NAN},
+            "temperature: expected a finite number > 0, got n",
+        ),
+        ("reward_weights", {"scheme": "rejection", "keep": 0}, "keep: expected an integer >= 1"),
+        ("reward_weights", {"scheme": "rejection", "keep": 0.5}, "keep: expected an integer >= 1"),
+        (
+            "reward_weights",
+            {"scheme": "rank", "temperature": 2.0},
+            "temperature: expected 1 with the scheme 'rank', since only",
+        ),
+        (
+            "reward_weights",
+            {"scheme": "linear", "keep": 2},
+            "keep: expected 1 with the scheme 'linear', since only 'rej",
+        ),
     ],
 )
 def test_bad_options_are_refused(name, options, message):
@@ -227,9 +243,9 @@ def test_bad_options_are_refused(name, options, message):
 @pytest.mark.parametrize("name", list(ADVANTAGES))
 def test_bad_rewards_are_refused(name):
     for bad in (torch.ones(4), torch.ones(2, 2, dtype=torch.long)):
-        with pytest.raises(ValueError, match=r"rewards must be floating point of shape \(P, G\)"):
+        with pytest.raises(ValueError, match=r"rewards: expected floating-point tensor \(P, G\)"):
             advantages_of(name, bad)
-    with pytest.raises(ValueError, match="rewards must be finite or NaN"):
+    with pytest.raises(ValueError, match="rewards: expected finite numbers or NaN"):
         advantages_of(name, torch.tensor([[1.0, float("inf")]]))
 
 

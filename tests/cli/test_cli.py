@@ -70,14 +70,17 @@ def test_values_and_flags():
         (["--model", "m"], "dataset: expected a value"),
         (["--reward", "a:b"], "model: expected a value"),
         (["--model", "m", "--dataset", "d"], "reward: expected at least one"),
-        (["--chat"], "chat: the demo has its own"),
-        ([*TRAIN, "--eval-size", "-1"], "eval_size must be at least 0, got -1"),
-        ([*TRAIN, "--lora-r", "0"], "lora_r must be at least 1, got 0"),
-        ([*TRAIN, "--lora-alpha", "2"], "lora_alpha: set lora_r"),
-        ([*TRAIN, "--lora-r", "2", "--lora-dropout", "1"], "lora_dropout must be in"),
+        (["--chat"], "chat: expected no value in the demo, which has its own"),
+        ([*TRAIN, "--eval-size", "-1"], "eval_size: expected an integer >= 0, got -1"),
+        ([*TRAIN, "--lora-r", "0"], "lora_r: expected an integer >= 1, got 0"),
+        (
+            [*TRAIN, "--lora-alpha", "2"],
+            "lora_alpha: expected no value without lora_r, got 2.0; set lora_r",
+        ),
+        ([*TRAIN, "--lora-r", "2", "--lora-dropout", "1"], "lora_dropout: expected a number in"),
         ([*TRAIN, "--dataset-kwargs", "[]"], "expected a JSON object, got '\\[\\]'"),
         ([*TRAIN, "--dataset-kwargs", "{"], "expected a JSON object, got '{'"),
-        (["--config", "/no/such.yaml"], "--config: no file '/no/such.yaml'"),
+        (["--config", "/no/such.yaml"], "--config: expected a file, got '/no/such.yaml'"),
     ],
 )
 def test_bad_options(argv, message):
@@ -216,11 +219,14 @@ def test_bad_data(files):
     (files / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     rows = files / "rows.jsonl"
     for arguments, message in (
-        (script(files / "none.jsonl"), "no file"),
-        (script(files / "empty.jsonl"), "empty.jsonl': expected rows"),
-        (script(files / "empty.json"), "empty.json': expected rows"),
-        (script(files / "empty.csv"), "empty.csv': expected rows"),
-        (script(files / "empty.parquet"), "empty.parquet': expected rows"),
+        (script(files / "none.jsonl"), "dataset: expected a file, got .* where there is none"),
+        (script(files / "empty.jsonl"), "dataset: expected at least one row, got .*empty.jsonl'"),
+        (script(files / "empty.json"), "dataset: expected at least one row, got .*empty.json'"),
+        (script(files / "empty.csv"), "dataset: expected at least one row, got .*empty.csv'"),
+        (
+            script(files / "empty.parquet"),
+            "dataset: expected at least one row, got .*empty.parquet'",
+        ),
         (script(files / "blank.jsonl"), "blank.jsonl' cannot be loaded: .* no data"),
         (script(files / "header.csv"), "header.csv' cannot be loaded: .* no data"),
         (script(files / "noise.parquet"), "noise.parquet' cannot be loaded"),
@@ -228,12 +234,18 @@ def test_bad_data(files):
         (script(rows, dataset_kwargs={"no_such": 1}), "cannot be loaded: .*no_such"),
         (script("hub/none"), "hub/none' cannot be loaded"),
         (script(files / "broken.jsonl"), "broken.jsonl' cannot be loaded"),
-        (script(rows, prompt_column="quest"), "no column 'quest', only prompt, question, answer"),
-        (script(rows, prompt_column="question"), "expected no column 'prompt' beside 'question'"),
+        (
+            script(rows, prompt_column="quest"),
+            "rows.jsonl' \\(prompt, question, answer\\), got 'quest'",
+        ),
+        (script(rows, prompt_column="question"), "got 'question' beside a column 'prompt'"),
         (script(rows, eval_size=5), "eval_size: expected fewer than the 5 rows"),
-        (script(rows, prompt_column="answer"), "expected no column 'prompt'"),
+        (script(rows, prompt_column="answer"), "got 'answer' beside a column 'prompt'"),
         (script("reasoning_gym:chain_sums"), "did you mean 'chain_sum'"),
-        (script("reasoning_gym:chain_sum", dataset_split="test"), "no splits"),
+        (
+            script("reasoning_gym:chain_sum", dataset_split="test"),
+            "'train' with a reasoning-gym task, which has no splits, got 'test'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             train.load_datasets(arguments, 0)

@@ -214,7 +214,7 @@ OPTIONS = [
     ("vespo_k_neg", {"loss_type": "sapo", "vespo_k_neg": 1.0}, "1.0"),
     ("cispo_ratio_min", {"cispo_ratio_min": 0.5}, "0.5"),
     ("cispo_ratio_min", {"loss_type": "cispo", "epsilon_high": 1.2, "cispo_ratio_min": 1.3}, "1.3"),
-    ("delta", {"loss_type": "sapo", "delta": 2.0}, "a number"),
+    ("delta", {"loss_type": "sapo", "delta": 2.0}, "2.0"),
     ("delta", {"delta": True}, "True"),
     ("max_completion_length", {"aggregation": "constant_length"}, "None"),
     ("max_completion_length", {"max_completion_length": True}, "True"),
@@ -235,9 +235,9 @@ def test_weights_and_advantages():
     with pytest.raises(ValueError, match=r"^mask: expected .* got \(2, 3, 1\)"):
         count(LossConfig(loss_type="grpo"), torch.ones(2, 3, 1))
     for bad in (torch.ones(4), torch.ones(2, 2).long(), torch.tensor([[1.0, INF]])):
-        with pytest.raises(ValueError, match="^rewards must be .*got"):
+        with pytest.raises(ValueError, match="^rewards: expected .*got"):
             group_advantages(bad)
-    with pytest.raises(ValueError, match="^scale must be one of .*got 'std'"):
+    with pytest.raises(ValueError, match="^scale: expected .*got 'std'"):
         group_advantages(torch.ones(1, 2), "std")
 
 

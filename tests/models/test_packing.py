@@ -230,7 +230,7 @@ def test_default_row_length():
         ([], [], None, "completion_ids: expected .* got 0 for 0 prompts"),
         ([[1]], [[2], [3]], None, "completion_ids: expected .* got 2 for 1 prompts"),
         ([[1], []], [[2], [3]], None, "prompt_ids: .* got none in row 1"),
-        ([[1]], [[2]], 0, "row_length: expected None or an int >= 1, got 0"),
+        ([[1]], [[2]], 0, "row_length: expected None or an integer >= 1, got 0"),
     ],
 )
 def test_bad_input(prompts, completions, row_length, message):

@@ -56,11 +56,11 @@ def test_degenerate_groups_are_exactly_zero(scale):
 
 def test_advantages_refuse():
     for bad in (torch.ones(4), torch.ones(2, 2, dtype=torch.long)):
-        with pytest.raises(ValueError, match=r"rewards must be floating point of shape \(P, G\)"):
+        with pytest.raises(ValueError, match=r"rewards: expected floating-point tensor \(P, G\)"):
             group_advantages(bad)
     with pytest.raises(ValueError, match="infinite"):
         group_advantages(torch.tensor([[1.0, float("inf")]]))
-    with pytest.raises(ValueError, match="scale must be one of"):
+    with pytest.raises(ValueError, match="scale: expected"):
         group_advantages(torch.ones(1, 2), "groups")
 
 

@@ -103,7 +103,7 @@ def test_command_reads_a_model(tmp_path, capsys):
         ("--tokens 10 --hidden 8", "--vocab: expected a number, or --model, got nothing"),
         ("--tokens 0 --hidden 8 --vocab 9", "--tokens: expected at least 1, got 0"),
         ("--tokens 9 --hidden 8 --vocab 9 --active 2", "--active: expected a share from 0 to 1"),
-        ("--tokens 9 --hidden 8 --model x", "--model: expected without --hidden"),
+        ("--tokens 9 --hidden 8 --model x", "--model: expected none beside --hidden"),
         ("--tokens 9 --hidden 8 --vocab 9 --workspace-bytes 1", "workspace_bytes: expected an"),
         ("--tokens 9 --hidden 8 --vocab 9 --loss-type ppo --level sequence", "token with ppo"),
         ("--tokens 9 --hidden 8 --vocab 9 --lora-rank -1", "--lora-rank: expected at least 0"),

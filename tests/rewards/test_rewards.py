@@ -344,7 +344,7 @@ def test_reward_model_refusals(checkpoint, tmp_path):
     two = AutoModelForSequenceClassification.from_pretrained(
         checkpoint, num_labels=2, ignore_mismatched_sizes=True
     )
-    with pytest.raises(ValueError, match="num_labels=1, got .* with num_labels=2"):
+    with pytest.raises(ValueError, match="num_labels=1 as reward models, got .* with num_labels=2"):
         RewardSet(two, AutoTokenizer.from_pretrained(checkpoint))
     base = tmp_path / "base"
     LlamaForCausalLM(two.config).save_pretrained(base)

@@ -171,7 +171,7 @@ def test_modes_are_given_back():
 def test_prompt_and_completion_may_fill_the_context_and_no_more():
     model = tiny()
     assert len(run(model, [[3] * 57], eos=set()).completion_ids[0]) == 7
-    message = r"row 1 has 58 tokens, which with max_new_tokens=7 is more than the context of 64"
+    message = r"at most 57 tokens \(context 64 less max_new_tokens\), got 58 in row 1"
     with pytest.raises(ValueError, match=message):
         run(model, [[3], [3] * 58])
 
@@ -196,17 +196,17 @@ def test_bad_prompts(prompts, message):
         ({"max_new_tokens": None}, "max_new_tokens >= 1, got None"),
         ({"num_beams": 2}, "expected sampling or greedy search, got beam_search"),
         ({"prompt_lookup_num_tokens": 3}, "got assisted_generation"),
-        ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences=1 .* got 2"),
+        ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences=1, got 2"),
         ({"stop_strings": "x"}, "stop_strings"),
         ({"max_time": 1.0}, "max_time"),
-        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size .* got 2"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size=None, got 2"),
     ],
 )
 def test_unsupported_settings(settings, message):
     config = GenerationConfig(**{"max_new_tokens": 7, **settings})
     with pytest.raises(ValueError, match=message):
         run(tiny(), config=config)
-    with pytest.raises(ValueError, match="num_generations: expected an int >= 1, got 0"):
+    with pytest.raises(ValueError, match="num_generations: expected an integer >= 1, got 0"):
         run(tiny(), count=0)
 
 

@@ -253,7 +253,7 @@ MUTANTS = [
         ),
     ),
     *mutants_of(
-        "grpo_fast/engine/logprob.py",
+        "grpo_fast/engine/passes.py",
         (
             "stats[:, index] = compact",
             "stats[:, :n] = compact",
@@ -266,9 +266,12 @@ MUTANTS = [
             "rows with a gradient by lse or entropy alone are left out",
             "rows",
         ),
+    ),
+    *mutants_of(
+        "grpo_fast/engine/logprob.py",
         (
-            "torch.where(mask, g.to(like.dtype), zero) for g in upstream",
-            "g.to(like.dtype) for g in upstream",
+            "torch.where(mask, g.reshape(-1).to(like.dtype), zero)",
+            "g.reshape(-1).to(like.dtype)",
             "masked rows get a gradient",
             "rows",
         ),

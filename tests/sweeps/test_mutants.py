@@ -4,7 +4,8 @@ from collections import Counter
 from pathlib import Path
 
 from full_mutants import SUITES, killed, misplaced
-from mutants import MUTANTS, Mutant
+from kernel_mutants import Mutant
+from mutants import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -123,7 +123,7 @@ def test_a_half_written_checkpoint_is_refused_before_any_work(finished, damage, 
     damage(folder)
     run = build(tmp_path / "out")
     before = parameters(run)
-    with pytest.raises(ValueError, match="resume_from_checkpoint: cannot resume") as error:
+    with pytest.raises(ValueError, match="resume_from_checkpoint: expected a complete") as error:
         run.train(str(folder))
     assert reason in str(error.value) and str(folder) in str(error.value)
     assert all(torch.equal(before[n], p) for n, p in run.model.named_parameters())
@@ -160,7 +160,7 @@ def test_no_complete_checkpoint_is_refused(tmp_path):
 def test_a_checkpoint_of_another_configuration_is_refused(finished, change, keys, tmp_path):
     (overrides,) = change.values()
     run = build(tmp_path, **overrides)
-    with pytest.raises(ValueError, match="comes from another configuration") as error:
+    with pytest.raises(ValueError, match="a checkpoint of this configuration, got") as error:
         run.train(str(Path(finished.args.output_dir) / "checkpoint-3"))
     for key in keys:
         assert key in str(error.value)

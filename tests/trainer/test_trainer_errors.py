@@ -12,6 +12,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from grpo_fast import GRPOTrainer
+from grpo_fast.checks import ArgumentError
 
 
 def lora():
@@ -23,51 +24,58 @@ def lora():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"num_generations": 1}, r"num_generations must be an integer >= 2 \(a group needs"),
-        ({"num_generations": 3}, "num_generations = 3 must divide the generation batch of 4"),
-        ({"num_generations": 2.0}, "num_generations must be an integer >= 2"),
-        ({"num_generations_eval": 0}, "num_generations_eval must be an integer >= 1"),
-        ({"num_iterations": 0}, "num_iterations must be an integer >= 1"),
-        ({"steps_per_generation": 0}, "steps_per_generation must be an integer >= 1"),
-        ({"generation_batch_size": 6}, "generation_batch_size must be a multiple .* = 4, got 6"),
+        ({"num_generations": 1}, "num_generations: expected an integer >= 2, got 1; a group needs"),
+        (
+            {"num_generations": 3},
+            "num_generations: expected a divisor of the generation batch of 4",
+        ),
+        ({"num_generations": 2.0}, "num_generations: expected an integer >= 2, got 2.0"),
+        ({"num_generations_eval": 0}, "num_generations_eval: expected an integer >= 1"),
+        ({"num_iterations": 0}, "num_iterations: expected an integer >= 1"),
+        ({"steps_per_generation": 0}, "steps_per_generation: expected an integer >= 1"),
+        ({"generation_batch_size": 6}, "generation_batch_size: expected a multiple .* = 4, got 6"),
         (
             {"generation_batch_size": 8, "steps_per_generation": 4},
-            "generation_batch_size and steps_per_generation exclude each other, got 8 and 4",
+            "generation_batch_size: expected 16 with steps_per_generation = 4, got 8",
         ),
         ({"loss_type": "dappo"}, "loss_type: .*'dappo'; did you mean 'dapo'"),
-        ({"importance_sampling_level": "seq"}, "importance_sampling_level: got 'seq'"),
-        ({"kl_estimator": "k4"}, "kl_estimator: got 'k4'"),
+        ({"importance_sampling_level": "seq"}, "importance_sampling_level: .*got 'seq'"),
+        ({"kl_estimator": "k4"}, "kl_estimator: .*got 'k4'"),
         ({"temperature": 0.0}, "temperature: expected a finite number > 0"),
         ({"temperature": float("nan")}, "temperature: expected a finite number > 0"),
         ({"beta": -0.1}, "beta: expected a finite number >= 0"),
         ({"delta": 1.1}, "delta: expected a finite number > 1.2"),
-        ({"max_completion_length": 0}, "max_completion_length must be an integer >= 1"),
-        ({"top_p": 1.5}, r"top_p must be a number in \(0, 1\], got 1.5"),
-        ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\], got 0"),
-        ({"top_k": -1}, "top_k must be an integer >= 0"),
-        ({"min_p": 2}, r"min_p must be a number in \[0, 1\]"),
-        ({"repetition_penalty": float("inf")}, "repetition_penalty must be"),
-        ({"scale_rewards": "groups"}, "scale_rewards must be 'group', 'batch' or 'none'"),
-        ({"sync_ref_model": True}, "sync_ref_model: beta is 0"),
-        ({"beta": 0.1, "ref_model_mixup_alpha": 0}, r"ref_model_mixup_alpha must be .*\(0, 1\]"),
-        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be an integer >= 1"),
-        ({"generation_kwargs": {"temperature": 2}}, "generation_kwargs: temperature belong"),
-        ({"generation_kwargs": "[1]"}, "generation_kwargs must be a dict or a JSON object"),
-        ({"workspace_bytes": 0}, "workspace_bytes must be an integer >= 1"),
-        ({"num_completions_to_print": 0}, "num_completions_to_print must be an integer >= 1"),
-        ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
-        ({"auto_find_batch_size": True}, "auto_find_batch_size must be False"),
-        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint must be False"),
+        ({"max_completion_length": 0}, "max_completion_length: expected an integer >= 1"),
+        ({"top_p": 1.5}, r"top_p: expected a number in \(0, 1\], got 1.5"),
+        ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], got 0"),
+        ({"top_k": -1}, "top_k: expected an integer >= 0"),
+        ({"min_p": 2}, r"min_p: expected a number in \[0, 1\]"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty: expected"),
+        ({"scale_rewards": "groups"}, "scale_rewards: expected 'group', 'batch' or 'none'"),
+        ({"sync_ref_model": True}, "sync_ref_model: expected False with beta = 0"),
+        ({"beta": 0.1, "ref_model_mixup_alpha": 0}, r"ref_model_mixup_alpha: expected .*\(0, 1\]"),
+        ({"ref_model_sync_steps": 0}, "ref_model_sync_steps: expected an integer >= 1"),
+        (
+            {"generation_kwargs": {"temperature": 2}},
+            r"generation_kwargs: expected none of .*, got \['temperature'\]",
+        ),
+        ({"generation_kwargs": "[1]"}, "generation_kwargs: expected a dict or a JSON object"),
+        ({"workspace_bytes": 0}, "workspace_bytes: expected an integer >= 1"),
+        ({"num_completions_to_print": 0}, "num_completions_to_print: expected an integer >= 1"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size: expected False"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: expected False"),
         (
             {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
-            "fused_linear_cross_entropy must be False",
+            "expected fused_linear_cross_entropy False, got True",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_config_refuses(overrides, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=message) as error:
         config(tmp_path / "out", **overrides)
+    assert error.value.argument in overrides
     assert not (tmp_path / "out").exists()
 
 
@@ -85,38 +93,50 @@ def long_prompt(rows):
     ("given", "message"),
     [
         ({"train_dataset": None}, "train_dataset: expected a dataset, got None"),
-        ({"train_dataset": []}, "train_dataset is empty"),
-        ({"train_dataset": Stream()}, "train_dataset must be a map-style dataset .* got Stream"),
-        ({"train_dataset": "gsm8k"}, "train_dataset must be a map-style dataset .* got str"),
+        ({"train_dataset": []}, "train_dataset: expected at least one prompt, got none"),
+        ({"train_dataset": Stream()}, "train_dataset: expected a map-style dataset .* got Stream"),
+        ({"train_dataset": "gsm8k"}, "train_dataset: expected a map-style dataset .* got str"),
         (
             {"train_dataset": [{"question": "w1"}]},
-            "has no column 'prompt'; its columns are question",
+            "train_dataset: expected a column 'prompt', got the columns question",
         ),
-        ({"train_dataset": ["w1"]}, "train_dataset: rows must be dicts, got str"),
-        ({"train_dataset": [{"prompt": ""}]}, "train_dataset: prompt of row 0 is an empty string"),
-        ({"train_dataset": [{"prompt": None}]}, "prompt of row 0 must be a string or a list"),
-        ({"train_dataset": [{"prompt": "w1"}, {"prompt": 3}]}, "prompt of row 1 must be a string"),
+        ({"train_dataset": ["w1"]}, "train_dataset: expected rows that are dicts, got str"),
+        (
+            {"train_dataset": [{"prompt": ""}]},
+            "at least one character, got an empty string in row 0",
+        ),
+        (
+            {"train_dataset": [{"prompt": None}]},
+            "a string or a list of messages, got None in row 0",
+        ),
+        (
+            {"train_dataset": [{"prompt": "w1"}, {"prompt": 3}]},
+            "a string or a list of messages, got 3 in row 1",
+        ),
         (
             {"train_dataset": [{"prompt": "w1"}, {"promt": "w1"}]},
-            "row 1 must have the columns of row 0",
+            "expected the columns of row 0, .* in row 1",
         ),
-        ({"train_dataset": [{"prompt": [{"role": "user"}]}]}, "row 0 has a message without"),
+        (
+            {"train_dataset": [{"prompt": [{"role": "user"}]}]},
+            "messages with 'role' and 'content', got .* in row 0",
+        ),
         (
             {"train_dataset": [{"prompt": "w1"}, {"prompt": [{"role": "user", "content": "w1"}]}]},
-            "prompt of row 1 is of another kind than row 0",
+            "one kind, a string in row 0, got a list of messages in row 1",
         ),
         (
             {"train_dataset": long_prompt(dataset())},
-            "prompt of row 5 has 60 tokens, but the context leaves room for 56",
+            "at most 56 tokens, which max_completion_length leaves, got 60 in row 5",
         ),
-        ({"eval_dataset": []}, "eval_dataset is empty"),
+        ({"eval_dataset": []}, "eval_dataset: expected at least one prompt"),
         (
             {"eval_dataset": {"a": dataset(), "b": [{"x": 1}]}},
-            r"eval_dataset\['b'\] has no column 'prompt'",
+            r"eval_dataset\['b'\]: expected a column 'prompt'",
         ),
         (
             {"max_completion_length": 64},
-            "max_completion_length = 64 leaves no room .* of 64 tokens",
+            "max_completion_length: expected less than the model's context of 64 tokens, got 64",
         ),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights"),
         ({"reward_weights": [float("nan")]}, "reward_weights"),
@@ -124,11 +144,14 @@ def long_prompt(rows):
         ({"reward": lambda completions, answer: [0.0]}, "answer"),
         (
             {"beta": 0.1, "sync_ref_model": True, "peft_config": lora()},
-            "sync_ref_model: the reference of an adapter",
+            "sync_ref_model: expected False with an adapter",
         ),
-        ({"policy": 3}, "model must be a name, a path or a model, got int"),
-        ({"model_init_kwargs": {"dtype": "float32"}}, "model_init_kwargs: model is built already"),
-        ({"processing_class": "gpt2"}, "processing_class must be a tokenizer, got str"),
+        ({"policy": 3}, "model: expected a name, a path or a model, got int"),
+        (
+            {"model_init_kwargs": {"dtype": "float32"}},
+            "model_init_kwargs: expected None with a model that is built",
+        ),
+        ({"processing_class": "gpt2"}, "processing_class: expected a tokenizer, got str"),
         ({"processing_class": None}, "processing_class: expected a tokenizer"),
         ({"eval_strategy": "steps"}, "eval_dataset"),
     ],
@@ -147,19 +170,19 @@ def test_trainer_refuses_before_any_work(given, message, tmp_path):
 
 def test_arguments_of_another_class_are_refused(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(ValueError, match="args must be a GRPOConfig, got TrainingArguments"):
+    with pytest.raises(ValueError, match="args: expected a GRPOConfig, got TrainingArguments"):
         GRPOTrainer(model(), count_w3, args, dataset(), processing_class=tokenizer())
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="output_dir: cannot write .*/file is not a folder"):
+    with pytest.raises(ValueError, match="output_dir: expected a folder .*/file is a file"):
         trainer(tmp_path / "file" / "out")
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     # root may write where the mode says no, but nobody in /proc
     folder = Path("/proc") if os.geteuid() == 0 and Path("/proc/self").exists() else locked
-    with pytest.raises(ValueError, match=f"output_dir: cannot write .*{folder} takes no new"):
+    with pytest.raises(ValueError, match=f"output_dir: expected a folder .*{folder} takes no new"):
         trainer(folder / "out")
 
 
@@ -167,7 +190,7 @@ def test_more_than_one_gpu_in_one_process_is_refused(tmp_path):
     args = config(tmp_path)
     args._n_gpu = 2
     args.__dict__["_setup_devices"] = torch.device("cpu")
-    with pytest.raises(ValueError, match="nn.DataParallel over 2 GPUs is not supported"):
+    with pytest.raises(ValueError, match="args: expected one GPU in a process, got 2 GPUs"):
         GRPOTrainer(model(), count_w3, args, dataset(), processing_class=tokenizer())
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from grpo_fast.checks import fail
 from grpo_fast.engine.head import Head
 from grpo_fast.engine.logprob import linear_logprob
 from grpo_fast.integrations.names import renamed
@@ -87,13 +88,13 @@ def fused_forward(
 ) -> CausalLMOutputForPPO:
     """Forward of a causal language model that returns log_probs and entropy in place of logits."""
     if not return_dict:
-        raise ValueError(f"return_dict: expected True, got {return_dict}")
+        fail("return_dict", "True", return_dict)
     if not isinstance(logits_to_keep, int) or logits_to_keep != 0:
-        raise ValueError(f"logits_to_keep: there are no logits, expected 0, got {logits_to_keep!r}")
+        fail("logits_to_keep", "0, since there are no logits", repr(logits_to_keep))
     if shift_labels is None:
         shift_labels = input_ids if labels is None else labels
         if shift_labels is None:
-            raise ValueError("shift_labels: expected it, labels or input_ids, got None")
+            fail("shift_labels", "shift_labels, labels or input_ids", None)
         shift_labels = shift_labels.roll(-1, dims=-1)
     inputs |= {"attention_mask": attention_mask, "position_ids": position_ids}
     given = {name: value for name, value in inputs.items() if value is not None}

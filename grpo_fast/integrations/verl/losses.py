@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.names import check_options, renamed
 from grpo_fast.objective.token_losses import TokenLosses, token_losses
@@ -61,7 +62,7 @@ def register(name: str, loss_type: str, **options: Any) -> None:
     bound = {"epsilon_high": 5.0} if PRESETS[loss_type].objective == "cispo" else {}
     LossConfig(loss_type, aggregation="token_mean", **{**bound, **options})
     if name in POLICY_LOSS_REGISTRY and name not in registered():
-        raise ValueError(f"name: verl has a policy loss {name!r} already; choose another.")
+        fail("name", "one that verl does not have yet", repr(name), "choose another.")
     POLICY_LOSS_REGISTRY[name] = functools.partial(_policy_loss, loss_type, options)
 
 

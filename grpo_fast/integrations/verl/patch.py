@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from grpo_fast.checks import fail
 from grpo_fast.models.head import check_head, find_head
 from grpo_fast.presets import PRESETS
 
@@ -51,7 +52,8 @@ def _patch_forward_with_backends(
             "grpo_fast.integrations.verl before the first model of that class is built"
         )
     if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
-        raise ValueError("use_fused_kernels: expected output_router_logits=False, got True")
+        hint = "the auxiliary router loss would be dropped."
+        fail("use_fused_kernels", "output_router_logits=False", True, hint)
     # without its layers: their attention may need a GPU, and the model is not there yet. Ranks
     # that wait for the weights of the first one have nothing to compare.
     if not any(p.is_meta for p in model.parameters()):

@@ -179,13 +179,16 @@ def test_inputs_of_older_versions():
     [
         ({"loss_type": "dppo"}, "loss_type: .*did you mean 'ppo'|loss_type: "),
         ({"epsilon_hi": 0.3}, "epsilon_hi: .* did you mean 'epsilon_high'"),
-        ({"temperature": 0.7}, "temperature: not an option here"),
-        ({"aggregation": "sequence_mean"}, "aggregation: not an option here"),
+        ({"temperature": 0.7}, "temperature: expected an option of this adapter"),
+        ({"aggregation": "sequence_mean"}, "aggregation: expected an option of this adapter"),
         ({"epsilon": -0.1}, "epsilon: expected"),
         ({"beta": 0.1}, "ref_logprobs: expected them with beta > 0"),
         ({"kl_against": "old"}, "kl_against: expected 'reference' or 'inference'"),
         ({"epsilon": [0.1, 0.2]}, "epsilon: expected a number, a string or a bool"),
-        ({"loss_type": "gpg", "epsilon": 0.1}, "epsilon: gpg has no use for it"),
+        (
+            {"loss_type": "gpg", "epsilon": 0.1},
+            "epsilon: expected no value with gpg, which has no use for it",
+        ),
     ],
 )
 def test_wrong_options(options, words):

@@ -183,15 +183,35 @@ def test_patching_again_keeps_what_was_registered():
     ("arguments", "options", "words"),
     [
         (("mine", "dappo"), {}, "loss_type: .*'dapo'"),
-        (("mine", "dapo"), {"beta": 0.1}, "beta: not an option here"),
-        (("mine", "gpg"), {"epsilon": 0.1}, "epsilon: gpg has no use for it"),
-        (("mine", "cispo"), {"epsilon": 0.1}, "epsilon: cispo has no use for it"),
-        (("mine", "sapo"), {"epsilon_high": 0.1}, "epsilon_high: sapo has no use for it"),
-        (("mine", "cispo"), {"delta": 3.0}, "delta: cispo has no use for it"),
+        (("mine", "dapo"), {"beta": 0.1}, "beta: expected an option of this adapter"),
+        (
+            ("mine", "gpg"),
+            {"epsilon": 0.1},
+            "epsilon: expected no value with gpg, which has no use",
+        ),
+        (
+            ("mine", "cispo"),
+            {"epsilon": 0.1},
+            "epsilon: expected no value with cispo, which has no use",
+        ),
+        (
+            ("mine", "sapo"),
+            {"epsilon_high": 0.1},
+            "epsilon_high: expected no value with sapo, which has no use",
+        ),
+        (
+            ("mine", "cispo"),
+            {"delta": 3.0},
+            "delta: expected no value with cispo, which has no use",
+        ),
         (("mine", "dapo"), {"delta": 1.1}, "delta: expected a finite number > 1.2"),
         (("mine", "dapo"), {"epsilon": -1.0}, "epsilon: expected"),
-        (("mine", "dapo"), {"vespo_k_pos": 1.0}, "vespo_k_pos: expected 2.0 with dapo"),
-        (("vanilla", "dapo"), {}, "name: verl has a policy loss 'vanilla'"),
+        (
+            ("mine", "dapo"),
+            {"vespo_k_pos": 1.0},
+            "vespo_k_pos: expected 2.0 with dapo, since only vespo",
+        ),
+        (("vanilla", "dapo"), {}, "name: expected one that verl does not have yet, got 'vanilla'"),
     ],
 )
 def test_wrong_registrations(arguments, options, words):
@@ -204,9 +224,9 @@ def test_wrong_registrations(arguments, options, words):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("fast_dapo", {"clip_ratio_c": 1.1}, "^clip_ratio_c must be a finite number > 1.2"),
-        ("fast_dapo", {"clip_ratio_low": -0.1}, "^clip_ratio_low must be"),
-        ("fast_sapo", {"tau_pos": 0.0}, "^tau_pos must be"),
+        ("fast_dapo", {"clip_ratio_c": 1.1}, "^clip_ratio_c: expected a finite number > 1.2"),
+        ("fast_dapo", {"clip_ratio_low": -0.1}, "^clip_ratio_low: expected"),
+        ("fast_sapo", {"tau_pos": 0.0}, "^tau_pos: expected"),
     ],
 )
 def test_wrong_options_by_their_names_in_verl(name, options, words):

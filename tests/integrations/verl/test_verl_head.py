@@ -339,8 +339,8 @@ def model_of_experts(**options):
     ("inputs", "words"),
     [
         ({"return_dict": False}, "return_dict: expected True"),
-        ({"logits_to_keep": 1}, "logits_to_keep: there are no logits"),
-        ({"input_ids": None}, "shift_labels: expected it, labels or input_ids"),
+        ({"logits_to_keep": 1}, "logits_to_keep: expected 0, since there are no logits"),
+        ({"input_ids": None}, "shift_labels: expected shift_labels, labels or input_ids"),
         ({"temperature": 0.0}, "temperature"),
         ({"shift_labels": torch.full((1, 4), 97)}, "input_ids: "),
     ],
