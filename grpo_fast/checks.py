@@ -178,6 +178,7 @@ def check_cu_seqlens(
 
 
 def check_boundaries(values: list[int], n: int) -> None:
+    """Boundaries of a packed batch, on the host: rising from 0 to n."""
     if (
         values[0] != 0
         or values[-1] != n

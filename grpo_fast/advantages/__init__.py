@@ -1,5 +1,6 @@
 """Rewards (P, G) -> advantages (P, G)."""
 
+from .decoupled import decoupled_advantages, normalized_within_groups
 from .group import (
     SCALES,
     centered_advantages,
@@ -17,7 +18,9 @@ __all__ = [
     "centered_advantages",
     "check_estimator",
     "check_weighting",
+    "decoupled_advantages",
     "group_advantages",
     "leave_one_out_advantages",
+    "normalized_within_groups",
     "reward_weights",
 ]

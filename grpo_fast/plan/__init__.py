@@ -1,5 +1,5 @@
 """What a call, or a step, costs before it runs."""
 
-from .route import Facts, Plan, choose
+from .route import ROUTES, Facts, Plan, choose
 
-__all__ = ["Facts", "Plan", "choose"]
+__all__ = ["ROUTES", "Facts", "Plan", "choose"]

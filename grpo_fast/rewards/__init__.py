@@ -1,6 +1,6 @@
 """Rewards: rules, functions, judges, reward models and reasoning-gym scorers behind one call."""
 
-from .combination import decoupled_advantages, normalized_within_groups, weighted
+from .combination import weighted
 from .loading import load_function, load_reward
 from .protocol import RewardSet
 from .reasoning import reasoning_gym_dataset, reasoning_gym_reward
@@ -10,11 +10,9 @@ from .workers import in_worker
 __all__ = [
     "RULES",
     "RewardSet",
-    "decoupled_advantages",
     "in_worker",
     "load_function",
     "load_reward",
-    "normalized_within_groups",
     "reasoning_gym_dataset",
     "reasoning_gym_reward",
     "weighted",

@@ -16,6 +16,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from grpo_fast.advantages.decoupled import decoupled_advantages
 from grpo_fast.advantages.table import advantages_of
 from grpo_fast.checks import fail
 from grpo_fast.loss.linear import linear_policy_loss
@@ -29,7 +30,7 @@ from grpo_fast.models.packing import (
 )
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
-from grpo_fast.rewards import RewardSet, decoupled_advantages, weighted
+from grpo_fast.rewards import RewardSet, weighted
 from grpo_fast.rollout.hf import HFSampler
 from grpo_fast.rollout.rollouts import Rollouts
 

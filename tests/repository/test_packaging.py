@@ -17,14 +17,21 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLIC = [
     "GRPOConfig",
     "GRPOTrainer",
+    "Head",
     "LogProbs",
     "LossConfig",
     "PRESETS",
+    "TokenLosses",
+    "TokenTerms",
     "__version__",
+    "attach",
+    "denominator_count",
     "linear_logprob",
     "linear_policy_loss",
     "logprob",
     "policy_loss",
+    "release_workspace",
+    "token_losses",
 ]
 BUILT = shutil.ignore_patterns("__pycache__", "*.egg-info")
 

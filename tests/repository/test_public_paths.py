@@ -41,9 +41,6 @@ NAMESAKES = ("reference", "integrations.prime_rl")
 # (module, name) that is missing today, and why; empty is the aim
 KNOWN: dict[tuple[str, str], str] = {
     ("cli", "train"): "a module has the name now; nothing documents the function",
-    ("cli", "load_datasets"): "in cli.train, not offered by the package",
-    ("cli", "load_rewards"): "in cli.train, not offered by the package",
-    ("plan", "ROUTES"): "in plan.route, not offered by the package",
 }
 NAMES = [(module, name) for module, names in PATHS.items() for name in names.split()]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

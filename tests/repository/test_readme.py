@@ -1,7 +1,7 @@
 """Snippets and commands of README.md and docs/ run; what a script writes there is up to date.
 
-`python tests/repository/test_readme.py` writes the tables of variants and of products anew, and
-the tree.
+`PYTHONPATH=.:tests/support python tests/repository/test_readme.py` writes the tables of variants
+and of products and the tree anew.
 """
 
 import ast

@@ -14,7 +14,7 @@ import torch
 from tiny_trainer import checkpoint, count_w3, dataset, spread_reward, trainer
 
 from grpo_fast import GRPOConfig
-from grpo_fast.rewards import decoupled_advantages
+from grpo_fast.advantages import decoupled_advantages
 
 
 def test_what_is_trained_on_is_what_was_sampled(tmp_path):
