@@ -29,15 +29,21 @@ class LogProbs(NamedTuple):
     """log sum exp(z)."""
 
 
-def head_stats(head: LinearHead, ids: Tensor, index: Tensor | None, n: int) -> Tensor:
-    """Forward over n listed rows: (4, N) logp, entropy, max, log-sum; zeros elsewhere. 2nHV
-    FLOPs."""
+def head_stats(
+    head: LinearHead, ids: Tensor, index: Tensor | None, n: int, *, entropy: bool = True
+) -> Tensor:
+    """Forward over n listed rows: (4, N) logp, entropy, max, log-sum; zeros elsewhere, and for the
+    entropy where nobody wants it. 2nHV FLOPs."""
     stats = torch.zeros(4, ids.numel(), dtype=head.dtype, device=ids.device)
     compact = stats if index is None else torch.empty_like(stats[:, :n])
     for chunk in head.chunks(index, n):
         # a slice of (4, n) keeps its row stride, which the kernels take
         head.backend.logprob_fwd(
-            chunk.logits, ids[chunk.place], compact[:, chunk.rows], **chunk.transform
+            chunk.logits,
+            ids[chunk.place],
+            compact[:, chunk.rows],
+            entropy=entropy,
+            **chunk.transform,
         )
     if index is not None:
         stats[:, index] = compact
@@ -130,10 +136,11 @@ class _LinearLogProb(torch.autograd.Function):
         u = None
         with no_autocast(hidden.device):
             head = _head(tensors, options)
+            listed, n = rows.unmasked_index, rows.n_unmasked
             if needs == (True, False, False, False, False):
-                stats, u = _stats_and_slope(head, ids, rows, needs)
+                stats, u = _stats_and_slope(head, ids, rows, needs, options["entropy"])
             else:
-                stats = head_stats(head, ids, rows.unmasked_index, rows.n_unmasked)
+                stats = head_stats(head, ids, listed, n, entropy=options["entropy"])
         ctx.save_for_backward(*tensors, ids, stats, u)
         ctx.options, ctx.mask, ctx.needs = options, rows.mask, needs
         ctx.set_materialize_grads(False)
@@ -159,13 +166,13 @@ class _LinearLogProb(torch.autograd.Function):
 
 def _head(tensors: tuple[Tensor | None, ...], options: dict) -> LinearHead:
     hidden, weight, bias, lora_A, lora_B = tensors
-    options = dict(options)
+    options = {name: value for name, value in options.items() if name != "entropy"}
     scale = options.pop("lora_scale")
     lora = None if lora_A is None else Lora(lora_A, lora_B, scale)
     return LinearHead(hidden, weight, bias, lora=lora, **options)
 
 
-def _stats_and_slope(head: LinearHead, ids: Tensor, rows: Rows, needs: Needs):
+def _stats_and_slope(head: LinearHead, ids: Tensor, rows: Rows, needs: Needs, entropy: bool):
     """Statistics (4, N) and u = dlogp / dhidden (N, H) fp32, with which a frozen head needs no
     product in backward."""
     stats = torch.zeros(4, ids.numel(), dtype=head.dtype, device=ids.device)
@@ -173,7 +180,7 @@ def _stats_and_slope(head: LinearHead, ids: Tensor, rows: Rows, needs: Needs):
     for chunk in head.chunks(rows.unmasked_index, rows.n_unmasked):
         own = stats.new_empty(4, chunk.hidden.shape[0])
         args = (chunk.logits, ids[chunk.place], own)
-        head.backend.logprob_fwd(*args, **chunk.transform)
+        head.backend.logprob_fwd(*args, entropy=entropy, **chunk.transform)
         stats[:, chunk.place] = own
         out = head.gradient_view(chunk.logits)
         head.backend.logprob_bwd(*args, torch.ones_like(own[0]), out, **chunk.transform)
@@ -261,6 +268,7 @@ def linear_logprob(
         "autocast_dtype": autocast_dtype(hidden),
         "lora_scale": lora[2],
         "shard": placed.shard,
+        "entropy": entropy,
     }
     flat = hidden.reshape(-1, hidden.shape[-1])
     head = (flat, weight, bias, *lora[:2])
@@ -277,7 +285,7 @@ class _LogProb(torch.autograd.Function):
         backend = select(logits.device)
         backend.logprob_fwd(logits, ids, stats, active=active, **options)
         ctx.save_for_backward(logits, ids, active, stats)
-        ctx.options = options
+        ctx.options = {name: value for name, value in options.items() if name != "entropy"}
         ctx.set_materialize_grads(False)
         # copies: the saved statistics must not change with what the caller does to its results
         return stats[0].clone(), stats[1].clone(), stats[2] + stats[3]
@@ -341,6 +349,7 @@ def logprob(
     rows = inputs.flatten(ids, flat_mask, logits.shape[-1], shape)
     cube = logits if logits.dim() == 3 else logits[None]
     active = None if mask is None else rows.mask
-    options = {"inv_temperature": 1.0 / temperature if inverse is None else inverse}
+    inverse = 1.0 / temperature if inverse is None else inverse
+    options = {"inv_temperature": inverse, "entropy": entropy}
     logp, ent, lse = apply(_LogProb, cube, rows.ids, active, options)
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))
