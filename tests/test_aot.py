@@ -202,12 +202,17 @@ def test_the_gpu_benchmarks_launch_nothing_that_is_not_compiled_here():
     assert len({kernel.hash for kernel in kernels}) == len(kernels) / len(sizes)
 
 
+@pytest.mark.parametrize("rows", [(1, 3, 16, 263), (264, 512, 1000, 2048)], ids=["few", "many"])
 @pytest.mark.parametrize("operation", ["forward", "backward", "policy"])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_no_length_alignment_or_number_compiles_again(operation, by_row):
-    """Chunks of 1 to 512 rows, slices that start anywhere, other temperatures: one kernel."""
+def test_no_length_alignment_or_number_compiles_again(operation, by_row, rows):
+    """Chunks of any rows, slices that start anywhere, other temperatures: the same kernels. Few
+    rows are shared between programs: a kernel for the parts of a row, and a gradient by itself."""
+    starts, numbers = (0, 1, 4, 16), (1.0, 0.0, 0.7, 2.0)
     with aot.compiling_for(aot.TARGETS["sm_90"].gpu) as kernels:
-        for rows, start, number in ((1, 0, 1.0), (3, 1, 0.0), (16, 4, 0.7), (512, 16, 2.0)):
-            aot_cases.launch_rows(operation, rows, start, number, by_row=by_row)
-    assert len(kernels) == 4
-    assert len({kernel.hash for kernel in kernels}) == 1
+        for n, start, number in zip(rows, starts, numbers, strict=True):
+            aot_cases.launch_rows(operation, n, start, number, by_row=by_row)
+    few = {"forward": 2, "backward": 1, "policy": 3}
+    launches = few[operation] if rows[0] == 1 else 1
+    assert len(kernels) == 4 * launches
+    assert len({kernel.hash for kernel in kernels}) == launches
