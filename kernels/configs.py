@@ -46,6 +46,19 @@ SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1056
 # spilled 8 bytes at a bound of 64 on sm_100.
 FORWARD_REGISTERS, GRADIENT_REGISTERS = 64, 80
 
+# Threads of a program whose row is wider than 4,096 logits. They decide the order in which a row is
+# summed, so they may depend on the vocabulary and never on the number of rows.
+WIDE_THREADS = 256
+
+# Other values of the table that a first run on a GPU should time. One row to an SM: 132 rows of
+# V = 151936 are 40 MB in bf16, so the second read of `policy` could come from L2, 4 bytes for a
+# logit instead of 6, or 1.16 instead of 1.74 ms for 8,192 rows at 4.3 TB/s. What it may lose: an SM
+# has no other row to work on while one is reduced, and half of L2 is far from each SM.
+CANDIDATES = {
+    "one row to an SM": {"WIDE_THREADS": 1024, "ROWS_IN_FLIGHT": 132},
+    "two rows to an SM": {"WIDE_THREADS": 512, "ROWS_IN_FLIGHT": 264},
+}
+
 # Launch option of every row kernel: a fused multiply-add that the compiler chooses would differ
 # between forward and backward. Those that are wanted are written out.
 ENABLE_FP_FUSION = False
@@ -72,7 +85,7 @@ def _tile(
     strips = strips * 4 if vec == 1 else strips
     # tanh needs registers, and twice the instructions anyway
     strips = strips if softcap is None else strips // 2
-    threads = 128 if V <= 4096 else 256
+    threads = 128 if V <= 4096 else WIDE_THREADS
     while strips > 1 and strips * threads * vec >= 2 * V:
         strips //= 2
     return {

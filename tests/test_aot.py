@@ -24,6 +24,7 @@ from aot_cases import CASES, FEW_ROWS  # noqa: E402
 
 from grpo_fast import objectives  # noqa: E402
 from grpo_fast.config import KL_ESTIMATORS, OBJECTIVES  # noqa: E402
+from grpo_fast.kernels import configs  # noqa: E402
 
 # Scalars of a row: id, mask, target logit, temperature, old, reference and rollout log-prob,
 # advantage and weight, or statistics and upstream gradients. A tile that lost its vectorisation
@@ -90,6 +91,21 @@ def test_few_rows_fit_and_are_summed_in_the_same_order(case, target):
     V = int(re.search(r"V=(\d+)", case)[1])
     alone = aot.compile_launch(lambda: aot_cases.forward(dtype, V, full=full), target)
     assert parts.reductions | row.reductions == alone.reductions
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("name", configs.CANDIDATES)
+def test_candidates_of_the_launch_table_fit(name, target, monkeypatch):
+    """Among them those whose rows in flight stay in L2: the loads that say so are as wide."""
+    for field, value in configs.CANDIDATES[name].items():
+        assert value != getattr(configs, field)
+        monkeypatch.setattr(configs, field, value)
+    result = aot.compile_launch(CASES["policy bf16 V=151936 on-policy"], target)
+    threads = configs.CANDIDATES[name]["WIDE_THREADS"]
+    assert result.spill == 0 and result.num_warps == threads // 32
+    # as many rows of 64 registers as the name says
+    assert 65536 // (64 * threads) == {"one": 1, "two": 2}[name.split()[0]]
+    assert result.registers <= 64 and result.narrow_loads <= SCALAR_LOADS
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
