@@ -12,6 +12,8 @@ A tile of logits is STRIPS strips of THREADS threads with VEC neighbours each, w
 which the last is nearly full. 80 registers give 3 programs and 5.2 waves.
 """
 
+import functools
+
 import torch
 import triton
 
@@ -64,11 +66,18 @@ CANDIDATES = {
 ENABLE_FP_FUSION = False
 
 
-def warp_size() -> int:
-    """Threads of a warp on the current device: 32, on AMD's data-centre GPUs 64."""
+@functools.cache
+def _target(device: object) -> tuple[str, int]:
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.warp_size
+
+
+def current_target() -> tuple[str, int]:
+    """Triton's backend for the current device, and the threads of a warp: 32, on AMD's data-centre
+    GPUs 64."""
     if triton.knobs.runtime.interpret:
-        return 32
-    return triton.runtime.driver.active.get_current_target().warp_size
+        return "interpreter", 32
+    return _target(triton.runtime.driver.active.get_current_device())
 
 
 def is_aligned(x: torch.Tensor) -> bool:
@@ -84,18 +93,19 @@ def _tile(
     # rows that start anywhere: one logit for a load, and as many loads in flight as registers allow
     strips = strips * 4 if vec == 1 else strips
     # tanh needs registers, and twice the instructions anyway
-    strips = strips if softcap is None else strips // 2
+    strips = strips if softcap is None else max(1, strips // 2)
     threads = 128 if V <= 4096 else WIDE_THREADS
+    backend, warp = current_target()
     while strips > 1 and strips * threads * vec >= 2 * V:
         strips //= 2
     return {
         "STRIPS": strips,
         "THREADS": threads,
         "VEC": vec,
-        "num_warps": threads // warp_size(),
+        "num_warps": threads // warp,
         "enable_fp_fusion": ENABLE_FP_FUSION,
         # an option of NVIDIA's compiler alone
-        **({"maxnreg": registers} if warp_size() == 32 else {}),
+        **({"maxnreg": registers} if backend == "cuda" else {}),
     }
 
 
