@@ -12,6 +12,8 @@ A tile of logits is STRIPS strips of THREADS threads with VEC neighbours each, w
 which the last is nearly full. 80 registers give 3 programs and 5.2 waves.
 """
 
+import functools
+
 import torch
 import triton
 
@@ -46,16 +48,36 @@ SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1056
 # spilled 8 bytes at a bound of 64 on sm_100.
 FORWARD_REGISTERS, GRADIENT_REGISTERS = 64, 80
 
+# Threads of a program whose row is wider than 4,096 logits. They decide the order in which a row is
+# summed, so they may depend on the vocabulary and never on the number of rows.
+WIDE_THREADS = 256
+
+# Other values of the table that a first run on a GPU should time. One row to an SM: 132 rows of
+# V = 151936 are 40 MB in bf16, so the second read of `policy` could come from L2, 4 bytes for a
+# logit instead of 6, or 1.16 instead of 1.74 ms for 8,192 rows at 4.3 TB/s. What it may lose: an SM
+# has no other row to work on while one is reduced, and half of L2 is far from each SM.
+CANDIDATES = {
+    "one row to an SM": {"WIDE_THREADS": 1024, "ROWS_IN_FLIGHT": 132},
+    "two rows to an SM": {"WIDE_THREADS": 512, "ROWS_IN_FLIGHT": 264},
+}
+
 # Launch option of every row kernel: a fused multiply-add that the compiler chooses would differ
 # between forward and backward. Those that are wanted are written out.
 ENABLE_FP_FUSION = False
 
 
-def warp_size() -> int:
-    """Threads of a warp on the current device: 32, on AMD's data-centre GPUs 64."""
+@functools.cache
+def _target(device: object) -> tuple[str, int]:
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend, target.warp_size
+
+
+def current_target() -> tuple[str, int]:
+    """Triton's backend for the current device, and the threads of a warp: 32, on AMD's data-centre
+    GPUs 64."""
     if triton.knobs.runtime.interpret:
-        return 32
-    return triton.runtime.driver.active.get_current_target().warp_size
+        return "interpreter", 32
+    return _target(triton.runtime.driver.active.get_current_device())
 
 
 def is_aligned(x: torch.Tensor) -> bool:
@@ -71,18 +93,19 @@ def _tile(
     # rows that start anywhere: one logit for a load, and as many loads in flight as registers allow
     strips = strips * 4 if vec == 1 else strips
     # tanh needs registers, and twice the instructions anyway
-    strips = strips if softcap is None else strips // 2
-    threads = 128 if V <= 4096 else 256
+    strips = strips if softcap is None else max(1, strips // 2)
+    threads = 128 if V <= 4096 else WIDE_THREADS
+    backend, warp = current_target()
     while strips > 1 and strips * threads * vec >= 2 * V:
         strips //= 2
     return {
         "STRIPS": strips,
         "THREADS": threads,
         "VEC": vec,
-        "num_warps": threads // warp_size(),
+        "num_warps": threads // warp,
         "enable_fp_fusion": ENABLE_FP_FUSION,
         # an option of NVIDIA's compiler alone
-        **({"maxnreg": registers} if warp_size() == 32 else {}),
+        **({"maxnreg": registers} if backend == "cuda" else {}),
     }
 
 

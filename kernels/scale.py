@@ -8,7 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from grpo_fast.kernels.configs import SCALE_BLOCK, SCALE_PROGRAMS, is_aligned, warp_size
+from grpo_fast.kernels.configs import (
+    ENABLE_FP_FUSION,
+    SCALE_BLOCK,
+    SCALE_PROGRAMS,
+    current_target,
+    is_aligned,
+)
 from grpo_fast.kernels.lang import row_pointer
 
 
@@ -92,5 +98,6 @@ def scale(x: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
             IN_PLACE=x.data_ptr() == out.data_ptr() and x.dtype == out.dtype,
             VEC=16 // min(x.element_size(), out.element_size()) if aligned else 1,
             BLOCK=SCALE_BLOCK,
-            num_warps=SCALE_BLOCK // 16 // warp_size(),
+            enable_fp_fusion=ENABLE_FP_FUSION,
+            num_warps=SCALE_BLOCK // 16 // current_target()[1],
         )

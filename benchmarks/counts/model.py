@@ -115,7 +115,8 @@ def passes(
     out = []
     for loops in found.values():
         loops.sort(key=lambda entry: entry[0])
-        others = [one.per_logit for _, one in loops[:-1]]
+        # a loop of smaller tiles is for rows that hardly ever occur, beyond 2^20 nats
+        others = [one.per_logit for _, one in loops[:-1] if one.logits == loops[-1][1].logits]
         out.append(replace(loops[-1][1], odd=max(others, default=0.0)))
     return out
 

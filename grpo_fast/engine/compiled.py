@@ -28,10 +28,10 @@ def _forward(given: Given) -> list[Tensor]:
     ids, mask, temperature = t["ids"], t.get("mask"), given.either("temperature")
     if "logits" in t:
         checked = logprob.check_given(t["logits"], ids, mask, temperature)
-        stats = logprob.logits_forward(*checked.tensors, checked.rows.ids, checked.options)
+        stats = logprob.logits_forward(*checked.tensors, checked.rows.ids, checked.options, True)
         slope = None
     else:
-        rest = (ids, mask, temperature, numbers["workspace_bytes"])
+        rest = (ids, mask, temperature, numbers["workspace_bytes"], True)
         checked = logprob.check_linear(t["hidden"], Head.of(t, numbers), *rest)
         needs = Needs(*given.wanted)
         stats, slope = logprob.linear_forward(checked.tensors, checked.rows, checked.options, needs)
@@ -81,6 +81,7 @@ def _gradients(given: Given) -> list[Tensor]:
         "autocast_dtype": autocast_dtype(hidden),
         "lora_scale": numbers["lora_scale"],
         "shard": None,
+        "entropy": True,
     }
     tensors = (hidden.reshape(-1, hidden.shape[-1]), *(t.get(name) for name in LEAVES[1:]))
     kept = (t["stats"], t["slope"] if _keeps_slope(flags) else None)

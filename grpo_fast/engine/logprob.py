@@ -70,6 +70,7 @@ def check_linear(
     mask: Tensor | None,
     temperature: float | Tensor,
     workspace_bytes: int | None,
+    entropy: bool,
 ) -> Checked:
     """Every ValueError of `linear_logprob`, before any work."""
     placed = place(
@@ -94,6 +95,7 @@ def check_linear(
         "autocast_dtype": autocast_dtype(hidden),
         "lora_scale": lora_scale,
         "shard": placed.shard,
+        "entropy": entropy,
     }
     return Checked(
         (hidden.reshape(-1, hidden.shape[-1]), weight, bias, A, B), rows, options, placed
@@ -102,7 +104,7 @@ def check_linear(
 
 def _open(tensors: tuple[Tensor | None, ...], options: dict[str, Any]) -> LinearHead:
     hidden, weight, bias, A, B = tensors
-    options = dict(options)
+    options = {name: value for name, value in options.items() if name != "entropy"}
     scale = options.pop("lora_scale")
     return LinearHead(
         hidden, weight, bias, lora=None if A is None else Lora(A, B, scale), **options
@@ -116,8 +118,9 @@ def linear_forward(
     with no_autocast(tensors[0].device):
         head = _open(tensors, options)
         if needs == (True, False, False, False, False):
-            return stats_and_slope(head, rows.ids, rows, needs)
-        return head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked), None
+            return stats_and_slope(head, rows.ids, rows, needs, entropy=options["entropy"])
+        listed = (rows.unmasked_index, rows.n_unmasked)
+        return head_stats(head, rows.ids, *listed, entropy=options["entropy"]), None
 
 
 def linear_backward(
@@ -227,7 +230,7 @@ def linear_logprob(
         arguments |= {"temperature": temperature, "workspace_bytes": workspace_bytes}
         logp, ent, lse, *_ = opaque.call("linear_logprob", arguments)
     else:
-        checked = check_linear(hidden, head, ids, mask, temperature, workspace_bytes)
+        checked = check_linear(hidden, head, ids, mask, temperature, workspace_bytes, entropy)
         with checked.placed.saved():
             logp, ent, lse = _LinearLogProb.apply(*checked.tensors, checked.rows, checked.options)
     shape = hidden.shape[:-1]
@@ -252,11 +255,11 @@ def check_given(
     return Checked((cube,), rows, options)
 
 
-def logits_forward(logits: Tensor, ids: Tensor, options: dict[str, Any]) -> Tensor:
-    """Statistics (4, N) of logits (B, T, V)."""
+def logits_forward(logits: Tensor, ids: Tensor, options: dict[str, Any], entropy: bool) -> Tensor:
+    """Statistics (4, N) of logits (B, T, V); without `entropy` that row is 0."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     stats = torch.empty(4, ids.numel(), dtype=dtype, device=ids.device)
-    select(logits.device).logprob_fwd(logits, ids, stats, **options)
+    select(logits.device).logprob_fwd(logits, ids, stats, **options, entropy=entropy)
     return stats
 
 
@@ -275,8 +278,8 @@ def logits_backward(
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, ids, options):
-        stats = logits_forward(logits, ids, options)
+    def forward(ctx, logits, ids, options, entropy):
+        stats = logits_forward(logits, ids, options, entropy)
         ctx.save_for_backward(logits, ids, stats)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -286,9 +289,9 @@ class _LogProb(torch.autograd.Function):
     @no_double_backward
     def backward(ctx, *upstream):
         if all(g is None for g in upstream):
-            return (None,) * 3
+            return (None,) * 4
         logits, ids, stats = ctx.saved_tensors
-        return logits_backward(logits, ids, stats, ctx.options, upstream), None, None
+        return logits_backward(logits, ids, stats, ctx.options, upstream), None, None, None
 
 
 def logprob(
@@ -323,6 +326,8 @@ def logprob(
         logp, ent, lse, *_ = opaque.call("logprob", arguments)
     else:
         checked = check_given(logits, ids, mask, temperature)
-        logp, ent, lse = _LogProb.apply(*checked.tensors, checked.rows.ids, checked.options)
+        logp, ent, lse = _LogProb.apply(
+            *checked.tensors, checked.rows.ids, checked.options, entropy
+        )
     shape = logits.shape[:-1]
     return LogProbs(logp.view(shape), ent.view(shape) if entropy else None, lse.view(shape))

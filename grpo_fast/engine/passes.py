@@ -13,15 +13,21 @@ from .chunks import LinearHead, Needs
 from .gradients import HeadGradients, fp16_scale
 
 
-def head_stats(head: LinearHead, ids: Tensor, index: Tensor | None, n: int) -> Tensor:
-    """Forward over n listed rows: (4, N) logp, entropy, max, log-sum; zeros elsewhere. 2nHV
-    FLOPs."""
+def head_stats(
+    head: LinearHead, ids: Tensor, index: Tensor | None, n: int, *, entropy: bool = True
+) -> Tensor:
+    """Forward over n listed rows: (4, N) logp, entropy, max, log-sum; zeros elsewhere, and for the
+    entropy where nobody wants it. 2nHV FLOPs."""
     stats = torch.zeros(4, ids.numel(), dtype=head.dtype, device=ids.device)
     compact = stats if index is None else torch.empty_like(stats[:, :n])
     for chunk in head.chunks(index, n):
         # a slice of (4, n) keeps its row stride, which the kernels take
         head.backend.logprob_fwd(
-            chunk.logits, ids[chunk.place], compact[:, chunk.rows], **chunk.transform
+            chunk.logits,
+            ids[chunk.place],
+            compact[:, chunk.rows],
+            entropy=entropy,
+            **chunk.transform,
         )
     if index is not None:
         stats[:, index] = compact
@@ -107,7 +113,7 @@ def _by_columns(head, ids, stats, upstream, grads, index, n) -> None:
 
 
 def stats_and_slope(
-    head: LinearHead, ids: Tensor, rows: Rows, needs: Needs
+    head: LinearHead, ids: Tensor, rows: Rows, needs: Needs, *, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Statistics (4, N) and u = dlogp / dhidden (N, H) fp32, with which a frozen head needs no
     product in backward."""
@@ -116,7 +122,7 @@ def stats_and_slope(
     for chunk in head.chunks(rows.unmasked_index, rows.n_unmasked):
         own = stats.new_empty(4, chunk.hidden.shape[0])
         args = (chunk.logits, ids[chunk.place], own)
-        head.backend.logprob_fwd(*args, **chunk.transform)
+        head.backend.logprob_fwd(*args, entropy=entropy, **chunk.transform)
         stats[:, chunk.place] = own
         out = head.gradient_view(chunk.logits)
         head.backend.logprob_bwd(*args, torch.ones_like(own[0]), out, **chunk.transform)

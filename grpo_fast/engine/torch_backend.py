@@ -53,7 +53,9 @@ def _transform(
     return z.mul(_column(factor))
 
 
-def _row_stats(x: Tensor, ids: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _row_stats(
+    x: Tensor, ids: Tensor, keep: bool, entropy: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """x (n, V), only read, and ids (n,) -> stats (4, n), p = exp(x - max), and x - max if keep."""
     peak = x.amax(1)
     # all -inf: NaN rows, as torch.log_softmax gives; one -inf: clamped, so that 0 * z is 0
@@ -63,9 +65,9 @@ def _row_stats(x: Tensor, ids: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tens
         z.clamp_(min=FLOOR)
     p = torch.exp(z)
     # not a matrix product: its plain running sum over 150k terms costs three digits of the entropy
-    dot = (p * z if keep else z.mul_(p)).sum(1)
+    dot = (p * z if keep else z.mul_(p)).sum(1) if entropy else None
     # on CPU looking at the sum is cheaper than clamping every logit
-    if z.is_cpu and not torch.isfinite(dot).all():
+    if entropy and z.is_cpu and not torch.isfinite(dot).all():
         z = (x - peak[:, None]).clamp_(min=FLOOR)
         dot = (p * z).sum(1)
     # the target is kept out of the sum: log1p(rest) holds what log(1 + rest) would round away
@@ -74,7 +76,8 @@ def _row_stats(x: Tensor, ids: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tens
     p.scatter_(1, ids[:, None], target)
     total = rest + target[:, 0]
     log_sum = torch.where(gap == 0.0, torch.log1p(rest), torch.log(total))
-    return torch.stack((gap - log_sum, log_sum - dot / total, peak, log_sum)), p, z
+    spread = log_sum - dot / total if entropy else torch.zeros_like(total)
+    return torch.stack((gap - log_sum, spread, peak, log_sum)), p, z
 
 
 def logprob_fwd(
@@ -86,18 +89,20 @@ def logprob_fwd(
     inv_temperature: float | Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
+    entropy: bool = True,
 ) -> None:
-    """Fill stats (4, N) with logp, entropy, max and log-sum; see `kernels/logprob.py`."""
+    """Fill stats (4, N) with logp, entropy (0 without `entropy`), max and log-sum; see
+    `kernels/logprob.py`."""
     for rows, block in _row_blocks(logits):
         if active is None:
             x = _transform(block, scale, softcap, _of_rows(inv_temperature, rows, slice(None)))
-            stats[:, rows] = _row_stats(x, ids[rows], keep=False)[0]
+            stats[:, rows] = _row_stats(x, ids[rows], False, entropy)[0]
             continue
         index = active[rows].nonzero()[:, 0]
         stats[:, rows] = 0.0
         if index.numel():
             x = _transform(block[index], scale, softcap, _of_rows(inv_temperature, rows, index))
-            stats[:, rows.start + index] = _row_stats(x, ids[rows][index], keep=False)[0]
+            stats[:, rows.start + index] = _row_stats(x, ids[rows][index], False, entropy)[0]
 
 
 def _store_gradient(
@@ -253,6 +258,7 @@ def policy(
     inv_temperature: float | Tensor = 1.0,
     scale: float = 1.0,
     softcap: float | None = None,
+    entropy: bool = True,
     **objective: object,
 ) -> None:
     """Fill terms (6, N) and, unless out is None, out (B, T, V); see `kernels/policy.py`.
@@ -274,7 +280,7 @@ def policy(
             out_block.zero_()
         if target.numel() == 0:
             continue
-        stats, p, z = _row_stats(x, target, keep=keep)
+        stats, p, z = _row_stats(x, target, keep, entropy or entropy_coef != 0.0)
         mine = {name: None if v is None else v[rows][index] for name, v in given.items()}
         row_terms, dentropy = token_terms(
             *stats[:2],

@@ -20,6 +20,7 @@ import aot_cases  # noqa: E402
 import triton.language as tl  # noqa: E402
 from aot_cases import CASES, FEW_ROWS  # noqa: E402
 
+from grpo_fast.kernels import configs  # noqa: E402
 from grpo_fast.objective import objectives  # noqa: E402
 from grpo_fast.presets import KL_ESTIMATORS, OBJECTIVES  # noqa: E402
 
@@ -88,6 +89,21 @@ def test_few_rows_fit_and_are_summed_in_the_same_order(case, target):
     V = int(re.search(r"V=(\d+)", case)[1])
     alone = aot.compile_launch(lambda: aot_cases.forward(dtype, V, full=full), target)
     assert parts.reductions | row.reductions == alone.reductions
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("name", configs.CANDIDATES)
+def test_candidates_of_the_launch_table_fit(name, target, monkeypatch):
+    """Among them those whose rows in flight stay in L2: the loads that say so are as wide."""
+    for field, value in configs.CANDIDATES[name].items():
+        assert value != getattr(configs, field)
+        monkeypatch.setattr(configs, field, value)
+    result = aot.compile_launch(CASES["policy bf16 V=151936 on-policy"], target)
+    threads = configs.CANDIDATES[name]["WIDE_THREADS"]
+    assert result.spill == 0 and result.num_warps == threads // 32
+    # as many rows of 64 registers as the name says
+    assert 65536 // (64 * threads) == {"one": 1, "two": 2}[name.split()[0]]
+    assert result.registers <= 64 and result.narrow_loads <= SCALAR_LOADS
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
@@ -199,12 +215,17 @@ def test_the_gpu_benchmarks_launch_nothing_that_is_not_compiled_here():
     assert len({kernel.hash for kernel in kernels}) == len(kernels) / len(sizes)
 
 
+@pytest.mark.parametrize("rows", [(1, 3, 16, 263), (264, 512, 1000, 2048)], ids=["few", "many"])
 @pytest.mark.parametrize("operation", ["forward", "backward", "policy"])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_no_length_alignment_or_number_compiles_again(operation, by_row):
-    """Chunks of 1 to 512 rows, slices that start anywhere, other temperatures: one kernel."""
+def test_no_length_alignment_or_number_compiles_again(operation, by_row, rows):
+    """Chunks of any rows, slices that start anywhere, other temperatures: the same kernels. Few
+    rows are shared between programs: a kernel for the parts of a row, and a gradient by itself."""
+    starts, numbers = (0, 1, 4, 16), (1.0, 0.0, 0.7, 2.0)
     with aot.compiling_for(aot.TARGETS["sm_90"].gpu) as kernels:
-        for rows, start, number in ((1, 0, 1.0), (3, 1, 0.0), (16, 4, 0.7), (512, 16, 2.0)):
-            aot_cases.launch_rows(operation, rows, start, number, by_row=by_row)
-    assert len(kernels) == 4
-    assert len({kernel.hash for kernel in kernels}) == 1
+        for n, start, number in zip(rows, starts, numbers, strict=True):
+            aot_cases.launch_rows(operation, n, start, number, by_row=by_row)
+    few = {"forward": 2, "backward": 1, "policy": 3}
+    launches = few[operation] if rows[0] == 1 else 1
+    assert len(kernels) == 4 * launches
+    assert len({kernel.hash for kernel in kernels}) == launches

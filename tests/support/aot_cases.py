@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from grpo_fast.kernels import logprob
+from grpo_fast.kernels import logprob, scale
 from grpo_fast.kernels import policy as one_pass
 from grpo_fast.objective import objectives
 from grpo_fast.presets import OBJECTIVES
@@ -47,6 +47,12 @@ def backward(
     logprob.logprob_bwd(
         logits, ids, stats[:4], vector, target, inv_temperature=temperature, **extra
     )
+
+
+def scaled(dtype: torch.dtype, out: torch.dtype, V: int) -> None:
+    """An upstream factor on a gradient of 8 rows, in place where the types are the same."""
+    x = torch.empty(1, 8, V, dtype=dtype)
+    scale.scale(x, torch.tensor(2.0), x if out == dtype else torch.empty(x.shape, dtype=out))
 
 
 def policy(
@@ -164,6 +170,8 @@ CASES: dict[str, Callable[[], None]] = {
     "policy f16 V=500 cispo full": lambda: policy(
         _F16, 500, full=True, objective="cispo", kl=objectives.k1
     ),
+    "scale bf16": lambda: scaled(_BF16, _BF16, 50257),
+    "scale f32, bf16 out": lambda: scaled(_F32, _BF16, 4096),
     "fwd f32 V=151936 full, by row": lambda: forward(_F32, 151936, full=True, by_row=True),
     "bwd bf16 V=50257 full, by row": lambda: backward(_BF16, 50257, full=True, by_row=True),
     "policy bf16 V=151936 extras": lambda: policy(_BF16, 151936, extras=True),
