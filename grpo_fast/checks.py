@@ -143,6 +143,17 @@ def check_reference(
         fail("ref_hidden", f"the dtype of its weight, {head.dtype}", ref_hidden.dtype)
 
 
+def check_shapes(
+    shape: tuple[int, ...], tensors: dict[str, Tensor], names: tuple[str, ...]
+) -> None:
+    """ValueError while tracing for what does not depend on values; the op checks the rest."""
+    ids = tensors["ids"]
+    check_tensor("ids", ids, shape, ids.device, floating=False)
+    for name in names:
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            fail(name, f"tensor {shape}", describe(tensors[name]))
+
+
 def check_logits(logits: Tensor) -> None:
     """(N, V) or (B, T, V) floating point with stride 1 over V."""
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.dtype not in FLOATS:

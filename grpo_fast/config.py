@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import warnings
@@ -206,6 +207,14 @@ class LossConfig:
             not isinstance(length, int) or isinstance(length, bool) or length < 1
         ):
             fail("max_completion_length", "an integer >= 1", repr(length))
+
+    @classmethod
+    @functools.lru_cache(maxsize=64)
+    def of_text(cls, text: str) -> LossConfig:
+        """The configuration whose `text` this is; its warnings were heard where it was made."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return cls(**json.loads(text))
 
     @property
     def preset(self) -> Preset:

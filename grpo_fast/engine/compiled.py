@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grpo_fast.checks import check_shapes
+
 from . import logprob, opaque
-from .backend import select
-from .chunks import Needs, autocast_dtype
+from .chunks import Needs
 from .head import LEAVES, Head
 from .opaque import Function, Given, wide
 
@@ -19,7 +20,7 @@ RESULTS = ("stats", "row_ids", "row_mask", "slope", "inverse")
 
 
 def _keeps_slope(wanted: Sequence[bool]) -> bool:
-    return list(wanted) == [True, False, False, False, False]
+    return tuple(wanted) == (True, False, False, False, False)
 
 
 def _forward(given: Given) -> list[Tensor]:
@@ -44,7 +45,7 @@ def _forward(given: Given) -> list[Tensor]:
 def _fake_forward(given: Given) -> list[Tensor]:
     t = given.tensors
     like, n = t["hidden"] if "hidden" in t else t["logits"], t["ids"].numel()
-    opaque.check_shapes(tuple(like.shape[:-1]), t, ("mask",))
+    check_shapes(tuple(like.shape[:-1]), t, ("mask",))
     dtype, slope = wide(like), _keeps_slope(given.wanted)
     return [
         *(like.new_empty(n, dtype=dtype) for _ in range(3)),
@@ -65,24 +66,12 @@ def _gradients(given: Given) -> list[Tensor]:
         cube = t["logits"] if t["logits"].dim() == 3 else t["logits"][None]
         inverse = t["inverse"] if one is None else 1.0 / one
         options = {"active": rows[1] if "mask" in t else None, "inv_temperature": inverse}
-        return [
-            logprob.logits_backward(cube, rows[0], t["stats"], options, upstream).view_as(
-                t["logits"]
-            )
-        ]
+        grad = logprob.logits_backward(cube, rows[0], t["stats"], options, upstream)
+        return [grad.view_as(t["logits"])]
     hidden, flags = t["hidden"], [name in wanted for name in LEAVES]
-    options = {
-        "backend": select(hidden.device),
-        "workspace_bytes": numbers["workspace_bytes"],
-        "softcap": numbers["softcap"],
-        "logit_scale": float(numbers["logit_scale"]),
-        "temperature": 1.0 if one is None else one,
-        "inv_temperature": t["inverse"] if one is None else None,
-        "autocast_dtype": autocast_dtype(hidden),
-        "lora_scale": numbers["lora_scale"],
-        "shard": None,
-        "entropy": True,
-    }
+    temperature = (1.0, t["inverse"]) if one is None else (one, None)
+    head, n_bytes = Head.of(t, numbers), numbers["workspace_bytes"]
+    options = logprob.head_options(hidden, head, n_bytes, *temperature, True)
     tensors = (hidden.reshape(-1, hidden.shape[-1]), *(t.get(name) for name in LEAVES[1:]))
     kept = (t["stats"], t["slope"] if _keeps_slope(flags) else None)
     found = logprob.linear_backward(tensors, *rows, kept, options, Needs(*flags), upstream)
@@ -101,7 +90,7 @@ for _name, _leaves in (("linear_logprob", LEAVES), ("logprob", ("logits",))):
         here = {**given.tensors, **dict(zip(UPSTREAM, upstream, strict=True)), **given.numbers}
         leaves = zip(opaque.TABLE[name].leaves, given.wanted, strict=True)
         wanted = " ".join(leaf for leaf, flag in leaves if flag)
-        return opaque.call(f"{name}_backward", here, wanted)
+        return opaque.call(f"{name}_backward", here, wanted, given.autocast)
 
     kept = (*_leaves, "mask", *RESULTS)
     opaque.TABLE[_name] = Function(_forward, _fake_forward, _leaves, 3, RESULTS, kept, _ask)

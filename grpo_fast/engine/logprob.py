@@ -63,6 +63,29 @@ def _select(upstream: Upstream, mask: Tensor, like: Tensor) -> tuple[Tensor, ...
     return (zero if dlogp is None else dlogp, *others)
 
 
+def head_options(
+    hidden: Tensor,
+    head: Head,
+    workspace_bytes: int | None,
+    temperature: float,
+    inverse: Tensor | None,
+    entropy: bool,
+) -> dict[str, Any]:
+    """Arguments of a `LinearHead`, and whether its entropies are wanted."""
+    return {
+        "backend": select(hidden.device),
+        "workspace_bytes": workspace_bytes,
+        "softcap": head.softcap,
+        "logit_scale": float(head.logit_scale),
+        "temperature": temperature,
+        "inv_temperature": inverse,
+        "autocast_dtype": autocast_dtype(hidden),
+        "lora_scale": head.numbers["lora_scale"],
+        "shard": None,
+        "entropy": entropy,
+    }
+
+
 def check_linear(
     hidden: Tensor,
     head: Head,
@@ -85,18 +108,8 @@ def check_linear(
     keep = flat_mask(mask, shape, hidden.device)
     temperature, inverse = check_temperature(temperature, shape, keep)
     rows = flatten(ids, keep, placed.V, shape)
-    options = {
-        "backend": backend,
-        "workspace_bytes": workspace_bytes,
-        "softcap": head.softcap,
-        "logit_scale": float(head.logit_scale),
-        "temperature": temperature,
-        "inv_temperature": inverse,
-        "autocast_dtype": autocast_dtype(hidden),
-        "lora_scale": lora_scale,
-        "shard": placed.shard,
-        "entropy": entropy,
-    }
+    options = head_options(hidden, head, workspace_bytes, temperature, inverse, entropy)
+    options |= {"backend": backend, "lora_scale": lora_scale, "shard": placed.shard}
     return Checked(
         (hidden.reshape(-1, hidden.shape[-1]), weight, bias, A, B), rows, options, placed
     )

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.types import Number
 
-from grpo_fast import checks
-
 NUMBERS = ("lora_scale", "softcap", "logit_scale", "temperature", "entropy_threshold")
 NUMBERS = (*NUMBERS, "denominator", "max_rows", "workspace_bytes")
 _SCHEMA = (
@@ -36,6 +34,8 @@ class Given(NamedTuple):
     numbers: dict[str, Number | None]
     wanted: Sequence[bool]
     """Which leaves want a gradient."""
+    autocast: torch.dtype | None
+    """Of the region that the call was traced in: compiled code runs outside of it."""
 
     def either(self, name: str) -> Tensor | Number | None:
         """An argument that may be a tensor or a number."""
@@ -51,9 +51,8 @@ class Function(NamedTuple):
     leaves: tuple[str, ...] = ()
     """The tensors that may want a gradient."""
     differentiable: int = 0
-    """How many of the results, the first ones, are differentiated."""
+    """How many of the results, the first ones, are differentiated; `results` names the others."""
     results: tuple[str, ...] = ()
-    """Names of the others."""
     kept: tuple[str, ...] = ()
     """What backward needs, of the arguments and the results."""
     gradients: Callable[[Given, Sequence[Tensor | None]], list[Tensor]] | None = None
@@ -63,7 +62,7 @@ class Function(NamedTuple):
 TABLE: dict[str, Function] = {}
 
 
-def call(function: str, arguments: dict[str, object], text: str = "") -> list[Tensor]:
+def call(function: str, arguments: dict, text: str = "", autocast=None) -> list[Tensor]:
     """The op, as a public function calls it while it is traced; the first argument is a tensor."""
     here = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     numbers = [None if name in here else arguments.get(name) for name in NUMBERS]
@@ -71,10 +70,10 @@ def call(function: str, arguments: dict[str, object], text: str = "") -> list[Te
     leaves = TABLE[function].leaves
     wanted = [enabled and name in here and here[name].requires_grad for name in leaves]
     kind = next(iter(here.values())).device.type
-    # compiled code runs outside of the region that it was traced in
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    op = torch.ops.grpo_fast.opaque
-    return op(list(here.values()), function, " ".join(here), text, wanted, autocast, *numbers)
+    if torch.is_autocast_enabled(kind):
+        autocast = torch.get_autocast_dtype(kind)
+    named = (list(here.values()), function, " ".join(here))
+    return torch.ops.grpo_fast.opaque(*named, text, wanted, autocast, *numbers)
 
 
 def refuse(name: str, expected: str, got: object) -> NoReturn:
@@ -82,32 +81,30 @@ def refuse(name: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{name}: expected {expected} under torch.compile, got {got}.")
 
 
-def _given(tensors, names, text, wanted, numbers) -> Given:
+def _given(tensors, names, text, wanted, autocast, numbers) -> Given:
     here = dict(zip(names.split(" "), tensors, strict=True))
-    return Given(here, text, dict(zip(NUMBERS, numbers, strict=True)), wanted)
+    return Given(here, text, dict(zip(NUMBERS, numbers, strict=True)), wanted, autocast)
 
 
 @torch.library.custom_op("grpo_fast::opaque", mutates_args=(), schema=_SCHEMA)
 def _opaque(tensors, function, names, text, wanted, autocast, *numbers):
     again = nullcontext() if autocast is None else torch.autocast(tensors[0].device.type, autocast)
     with torch.no_grad(), again:
-        return TABLE[function].run(_given(tensors, names, text, wanted, numbers))
+        return TABLE[function].run(_given(tensors, names, text, wanted, autocast, numbers))
 
 
 @_opaque.register_fake
 def _(tensors, function, names, text, wanted, autocast, *numbers):
-    return TABLE[function].fake(_given(tensors, names, text, wanted, numbers))
+    return TABLE[function].fake(_given(tensors, names, text, wanted, autocast, numbers))
 
 
 def _setup(ctx, inputs, output) -> None:
-    tensors, function, names, text, wanted, _, *numbers = inputs
-    row, ctx.given = TABLE[function], _given(tensors, names, text, wanted, numbers)
-    ctx.mark_non_differentiable(*output[row.differentiable :])
+    tensors, function, names, text, wanted, autocast, *numbers = inputs
+    row, ctx.given = TABLE[function], _given(tensors, names, text, wanted, autocast, numbers)
+    others = output[row.differentiable :]
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
-    everything = {
-        **ctx.given.tensors,
-        **dict(zip(row.results, output[row.differentiable :], strict=False)),
-    }
+    everything = {**ctx.given.tensors, **dict(zip(row.results, others, strict=False))}
     kept = {name: everything[name] for name in row.kept if name in everything}
     ctx.row, ctx.names, ctx.order = row, list(kept), list(ctx.given.tensors)
     ctx.like = {name: (t.dtype, t.shape) for name, t in ctx.given.tensors.items()}
@@ -134,12 +131,3 @@ _opaque.register_autograd(_backward, setup_context=_setup)
 def wide(like: Tensor) -> torch.dtype:
     """fp32, or fp64: what losses and gradients of an input are computed in."""
     return torch.promote_types(like.dtype, torch.float32)
-
-
-def check_shapes(shape: tuple[int, ...], tensors: dict[str, Tensor], names: Sequence[str]) -> None:
-    """ValueError while tracing for what does not depend on values; the op checks the rest."""
-    ids = tensors["ids"]
-    checks.check_tensor("ids", ids, shape, ids.device, floating=False)
-    for name in names:
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            checks.fail(name, f"tensor {shape}", checks.describe(tensors[name]))

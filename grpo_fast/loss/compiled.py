@@ -3,33 +3,23 @@ gradients in one go. Their backward multiplies the gradients by the upstream sca
 
 from __future__ import annotations
 
-import functools
-import json
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from grpo_fast.checks import check_shapes
 from grpo_fast.config import LossConfig
 from grpo_fast.engine import opaque
 from grpo_fast.engine.chunks import Needs
 from grpo_fast.engine.head import LEAVES, Head
-from grpo_fast.engine.opaque import Given, check_shapes, wide
+from grpo_fast.engine.opaque import Given, wide
 from grpo_fast.objective.tokens import Tokens, Totals
 
 from . import metrics
 from .call import Call, Execution
 
 _TOKENS, _TOTALS = tuple(Tokens.__dataclass_fields__), tuple(Totals.__dataclass_fields__)
-
-
-@functools.lru_cache(maxsize=64)
-def _config(text: str) -> LossConfig:
-    with warnings.catch_warnings():
-        # the caller heard it where the configuration was made
-        warnings.simplefilter("ignore")
-        return LossConfig(**json.loads(text))
 
 
 def traced(name: str, call: Call, **refused: tuple[object, object]) -> tuple[Tensor, dict]:
@@ -40,16 +30,15 @@ def traced(name: str, call: Call, **refused: tuple[object, object]) -> tuple[Ten
         refused: options that it cannot have: (their value, the default that is expected).
     """
     run, tokens = call.execution, call.tokens
-    refused |= {"main_grad": (run.main_grad, None), "grad_scale": (run.grad_scale, 1.0)}
+    tensor = None if run.main_grad is None else "a tensor"
+    refused |= {"main_grad": (tensor, None), "grad_scale": (run.grad_scale, 1.0)}
     for option, (value, default) in refused.items():
-        if isinstance(value, Tensor) or value != default:
-            got = "a tensor" if isinstance(value, Tensor) else value
-            opaque.refuse(option, str(default), got)
-    source = {"logits": call.source}
-    if call.head is not None:
-        source = {"hidden": call.source, **call.head.traced(), **call.head.numbers}
+        if value != default:
+            opaque.refuse(option, str(default), value)
+    head = {} if call.head is None else {**call.head.traced(), **call.head.numbers}
     arguments = {
-        **source,
+        "logits" if call.head is None else "hidden": call.source,
+        **head,
         "ref_hidden": call.ref_hidden,
         "ref_weight": call.ref_weight,
         **{field: getattr(tokens, field) for field in _TOKENS},
@@ -72,7 +61,7 @@ def _call(given: Given) -> Call:
         t["hidden"] if "hidden" in t else t["logits"],
         Head.of(t, numbers) if "hidden" in t else None,
         Tokens(**{field: t.get(field) for field in _TOKENS}),
-        _config(given.text[1:]),
+        LossConfig.of_text(given.text[1:]),
         Totals(**{field: given.either(field) for field in _TOTALS}),
         Execution(given.text[0] == "1", numbers["max_rows"], numbers["workspace_bytes"]),
         t.get("ref_hidden"),
