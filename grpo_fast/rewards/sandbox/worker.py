@@ -118,8 +118,11 @@ class Worker:
             self.handle = os.pidfd_open(self.process.pid)
         except OSError:
             self.process.kill()
-            self.process.communicate()
-            os.close(information)
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+            if information >= 0:
+                os.close(information)
             raise
         self.selector.register(self.source, selectors.EVENT_READ, self._read)
         self.selector.register(self.handle, selectors.EVENT_READ, self._exited)
