@@ -91,7 +91,7 @@ def math_reward(
         completions: Sequence[Any], log_metric: Any = None, **columns: Any
     ) -> list[float | None]:
         texts = [text_of(completion) for completion in completions]
-        golds = [gold_text(gold) for gold in gold_of(columns, column, len(completions))]
+        golds = [_gold_of(gold) for gold in gold_of(columns, column, len(completions))]
         answers = [_answer_of(text, tag) for text in texts]
         decided = [_decide(*pair) for pair in zip(answers, golds, strict=True)]
         open_pairs = {
@@ -120,6 +120,12 @@ def _answer_of(text: str, tag: str) -> str | None:
     if answer == text.rpartition("</think>")[2].strip():
         return answer[-_LONGEST:]
     return answer if len(answer) <= ANSWER_LIMIT else None
+
+
+def _gold_of(gold: Any) -> str | None:
+    """The gold answer; of a solution without any mark of one, its end."""
+    text = gold_text(gold)
+    return text if text is None else text[-_LONGEST:]
 
 
 def _decide(answer: str | None, gold: str | None) -> bool | None:

@@ -102,9 +102,9 @@ def test_a_list_that_the_function_keeps_cannot_change_its_rewards():
 
 
 def disturbs(completions, **_):
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    random.seed(123)
+    np.random.seed(123)
+    torch.manual_seed(123)
     torch.set_grad_enabled(False)
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(torch.get_num_threads() + 1)

@@ -122,6 +122,7 @@ def test_format_with_options(spec, text, reward):
         ("Paris", "Paris", 1),
         ("<think>Rome? Paris</think>Paris", "Paris", 1),
         ("<answer>Rome</answer><answer>Paris</answer>", "Paris", 0),
+        ("<answer>Paris</answer><answer>Rome</answer>", "Paris", 0),
         ("It is \\boxed{Paris}", "Paris", 1),
         ("#### Paris", "Paris", 1),
         ("<answer>7</answer>", 7, 1),
