@@ -21,13 +21,8 @@ MANY_PARAMETERS = {
 }
 # the same, to be made shorter; empty is the aim
 KNOWN = {
-    "grpo_fast/loss/compiled.py:_linear": "until one op serves torch.compile",
-    "grpo_fast/loss/compiled.py:linear_policy_loss": "until one op serves torch.compile",
-    "grpo_fast/loss/compiled.py:_logits": "until one op serves torch.compile",
-    "grpo_fast/loss/compiled.py:policy_loss": "until one op serves torch.compile",
-    "grpo_fast/loss/compiled_logprob.py:_linear": "until one op serves torch.compile",
-    "grpo_fast/loss/compiled_logprob.py:_linear_backward": "until one op serves torch.compile",
-    "grpo_fast/objective/batch.py:prepare": "until a call is four nouns",
+    "grpo_fast/rewards/code.py:code_reward": "until the options of a rule are one object",
+    "grpo_fast/rewards/judge.py:judge_reward": "until the options of a rule are one object",
 }
 
 
