@@ -29,15 +29,10 @@ ARROWS = {
     # what `import grpo_fast` offers
     "grpo_fast": DATA | {"trainer"},
 }
-# the only files, besides those of engine/ and loss/, that may see the chunk loop; the front page
-# offers release_workspace
+# the only files, besides those of engine/ and loss/, that may see the chunk loop
 SEES_CHUNKS = {"grpo_fast/plan/shape.py", "grpo_fast/__init__.py"}
 # (file, imported name) that breaks an arrow today, and why it stands; empty is the aim
-KNOWN: dict[tuple[str, str], str] = {
-    ("grpo_fast/rewards/combination.py", "grpo_fast.advantages.group.group_advantages"): (
-        "GDPO normalises within a group; the arrow, or the place of GDPO, is to be decided"
-    ),
-}
+KNOWN: dict[tuple[str, str], str] = {}
 IMPORTS = package_imports()
 
 
