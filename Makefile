@@ -46,6 +46,8 @@ PARALLEL := -n $(WORKERS) --dist loadfile
 SPREAD := -n $(WORKERS) --dist worksteal
 endif
 PYTESTS := OMP_NUM_THREADS=1 $(PYTEST)
+# import paths of an adapter need the package it adapts
+PATHS := tests/repository/test_public_paths.py -k integrations
 # where tests are marked `kernels`: a backend is a run of these, not files of its own
 KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/integrations/liger \
 	--ignore=tests/kernels/test_aot.py --ignore=tests/kernels/test_counts.py
@@ -137,7 +139,7 @@ test-quick: $(ENVIRONMENT)
 # 5: TRL needs Python 3.11, and without it every file here is skipped as a whole.
 test-trl: .trl/.installed
 	@echo "== the adapter for TRL against TRL's own trainers"
-	PYTHONPATH=.trl $(PYTEST) tests/integrations/trl || [ $$? = 5 ]
+	PYTHONPATH=.trl $(PYTEST) tests/integrations/trl $(PATHS) || [ $$? = 5 ]
 
 # Every combination of the options that test-trl trains a covering part of: 256 pairs of runs.
 test-trl-full: .trl/.installed
@@ -161,7 +163,7 @@ test-aot36: .triton36/.installed
 # GRPO_FAST_SWIFT=full trains with every combination of the options, of which this is a part.
 test-swift: .swift/.installed
 	@echo "== the adapter for ms-swift against ms-swift's own runs"
-	PYTHONPATH=.swift $(PYTEST) tests/integrations/swift
+	PYTHONPATH=.swift $(PYTEST) tests/integrations/swift $(PATHS)
 
 test-deepspeed: .deepspeed/.installed
 	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/engine/test_zero3.py
@@ -169,7 +171,7 @@ test-deepspeed: .deepspeed/.installed
 test-openrlhf: .openrlhf/.installed
 	@echo "== the adapter for OpenRLHF against OpenRLHF itself"
 	PYTHONPATH=.openrlhf:tests/support/openrlhf_stubs DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
-		$(PYTEST) tests/integrations/openrlhf
+		$(PYTEST) tests/integrations/openrlhf $(PATHS)
 
 # Its result is committed. ARGS="--only curves" runs one sweep and keeps what the others found.
 test-full: $(ENVIRONMENT)
@@ -184,7 +186,7 @@ test-liger: .liger/.installed
 # Where verl cannot be imported every test is skipped, which pytest counts as a failure (5).
 test-verl: .verl/.installed
 	@echo "== the adapter for verl against verl's own losses, forwards and engine"
-	PYTHONPATH=.verl $(PYTEST) tests/integrations/verl
+	PYTHONPATH=.verl $(PYTEST) tests/integrations/verl $(PATHS)
 
 test-gpu: $(ENVIRONMENT)
 	$(PYTEST) tests -m "kernels or gpu" --backend cuda --ignore-glob='*/test_triton_*.py' \

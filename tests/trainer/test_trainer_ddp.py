@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ddp_worker import train
 from safetensors.torch import load_file
 from tiny_trainer import model
 
@@ -19,82 +20,46 @@ from grpo_fast.trainer import checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
 pytestmark = pytest.mark.slow
-# completions depend on the prompt and the place in the window, not on the rank that samples them
-PROGRAM = """
-import sys, torch
-torch.set_num_threads(1)
-from tiny_trainer import count_w3, dataset, model, trainer
-from grpo_fast import GRPOTrainer
-from grpo_fast.rollout import Rollouts
-
-class Canned(GRPOTrainer):
-    def rollout(self, examples, *args, **kwargs):
-        self.first = self.accelerator.process_index * len(examples)
-        return super().rollout(examples, *args, **kwargs)
-
-    def generate(self, examples, count):
-        prompts = [self.encode(e["prompt"]) for e in examples for _ in range(count)]
-        ids = []
-        for place, prompt in enumerate(prompts, self.first):
-            length = 1 + (place + sum(prompt)) % 9
-            ids.append([3 + (7 * sum(prompt) + 5 * place * j) % 29 for j in range(length)])
-        return Rollouts(prompts, ids, [len(c) % 2 == 0 for c in ids])
-
-def reward(completions, log_metric, **_):
-    log_metric("seen", len(completions))
-    return [float(len(c.split()) % 4) if c else None for c in completions]
-
-folder, size, sampled, resume = sys.argv[1:]
-run = trainer(
-    folder,
-    reward=reward,
-    cls=GRPOTrainer if sampled == "sampled" else Canned,
-    per_device_train_batch_size=int(size),
-    gradient_accumulation_steps=2,
-    steps_per_generation=2,
-    num_generations=4,
-    num_iterations=2,
-    optim="sgd",
-    learning_rate=0.3,
-    beta=0.1,
-    mask_truncated_completions=True,
-    train_dataset=dataset(1) * 6 if sampled == "sampled" else dataset(6),
-    eval_dataset=dataset(3),
-    eval_strategy="steps",
-    eval_steps=4,
-    save_strategy="steps",
-    save_steps=1,
-    max_steps=4,
-    logging_steps=4,
-    log_completions=True,
-)
-run.train(resume if resume != "-" else None)
-run.save_model(folder + "/final")
-"""
 
 
-def start(folder, processes, size, sampled="canned", resume="-"):
-    program = folder.parent / "program.py"
-    program.write_text(PROGRAM)
-    launch = [sys.executable]
-    if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        launch += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    arguments = [str(program), str(folder), str(size), sampled, str(resume)]
+def on_two_ranks(*runs: dict) -> None:
+    """Trains each of the runs, one after the other, on the same two processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     path = os.pathsep.join([str(SUPPORT), str(ROOT), os.environ.get("PYTHONPATH", "")])
     alone = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, *arguments],
-        env={**os.environ, **alone},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(SUPPORT / "ddp_worker.py"), json.dumps(runs)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **alone, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [p.returncode for p in ranks] == [0, 0], "\n".join(text[-3000:] for text in printed)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What two processes trained: the runs `two` and `whole`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    two = {"folder": str(folder / "two"), "size": 3}
+    on_two_ranks(two, {**two, "folder": str(folder / "whole"), "sampled": True})
+    return folder
 
 
 def lines(folder):
@@ -102,33 +67,35 @@ def lines(folder):
     return {key: value for row in rows[:2] for key, value in row.items()}
 
 
-def test_two_ranks_train_what_one_does(tmp_path):
+def test_two_ranks_train_what_one_does(trained, tmp_path):
     """A group of four lies on both ranks, and the ranks hold unequal numbers of tokens."""
-    one = start(tmp_path / "one", 1, 6)
-    two = start(tmp_path / "two", 2, 3)
+    train(tmp_path, 6)
+    one, two = weights(tmp_path), weights(trained / "two")
     moved = [(one[n] - p).abs().max() for n, p in model().state_dict().items() if n in one]
     assert max(moved) > 1e-2
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
-    first, second = lines(tmp_path / "one"), lines(tmp_path / "two")
+    first, second = lines(tmp_path), lines(trained / "two")
     assert first.keys() == second.keys() and first["seen"] == 12 and second["seen"] == 6
     varying = ("seen", "step_time", "time", "runtime", "per_second", "active_rows")
     local = ("clip_ratio/low_min", "clip_ratio/high_max", "eval_")
     for key, value in first.items():
         if not any(key.endswith(v) for v in varying) and not key.startswith(local):
             assert second[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
-    table = sorted((tmp_path / "two" / "completions").iterdir())
+    table = sorted((trained / "two" / "completions").iterdir())
     assert [p.name for p in table] == ["completions_00004.parquet"]
 
 
-def test_ranks_sample_apart_and_resume_together(tmp_path):
-    """All prompts are the same one: only the random state of the ranks can tell them apart."""
-    whole = start(tmp_path / "whole", 2, 3, sampled="sampled")
-    folder = tmp_path / "whole" / "checkpoint-1"
+def test_ranks_sample_apart_and_resume_together(trained, tmp_path):
+    """All prompts are the same one: only the random state of the ranks can tell them apart. The run
+    that was resumed has processes of its own, the whole one had trained something else before."""
+    whole = weights(trained / "whole")
+    folder = trained / "whole" / "checkpoint-1"
     assert checkpoint.problem(folder) is None
     windows = [load_file(folder / checkpoint.rank_file(r, "safetensors")) for r in (0, 1)]
     first, second = ({k.split(".")[-1]: v for k, v in w.items() if ".0." in k} for w in windows)
     assert torch.equal(first["input_ids"][:, 0], second["input_ids"][:, 0])
     assert not torch.equal(first["ids"], second["ids"])
-    resumed = start(tmp_path / "resumed", 2, 3, sampled="sampled", resume=folder)
+    on_two_ranks({"folder": str(tmp_path), "size": 3, "sampled": True, "resume": str(folder)})
+    resumed = weights(tmp_path)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())

@@ -1,5 +1,5 @@
 """`integrations/liger.py` against float64 for every option, and against Liger-Kernel itself where
-that is installed. The tests of its Triton function are in `test_triton_liger.py`."""
+that is installed. The tests of its Triton function are in `test_liger_function.py`."""
 
 import inspect
 import re
