@@ -207,7 +207,7 @@ def _print_devices() -> None:
 
 def _print_sandbox() -> None:
     """Run one program in the sandbox; that there is none is no failure of the rest."""
-    from .rewards.sandbox import Sandbox, SandboxUnavailable
+    from grpo_fast.rewards.sandbox import Sandbox, SandboxUnavailable
 
     try:
         sandbox = Sandbox(size=1)

@@ -2,7 +2,12 @@
 package, those inside functions too. `importlib.import_module` is not read; only
 `grpo_fast/__init__.py` uses it for modules of ours."""
 
+import ast
+
 from imports import ROOT, imports_of, package_imports, parts_of
+
+from grpo_fast import LossConfig
+from grpo_fast.presets import OBJECTIVES, PRESETS
 
 # room -> the rooms that it may import, besides itself
 GROUND = {"presets", "checks"}
@@ -104,3 +109,31 @@ def test_kernels_import_only_kernels():
 def test_known_rows_are_still_needed():
     broken = {(i.path, i.name) for i in IMPORTS if breaks_an_arrow(i) or sees_chunks(i)}
     assert set(KNOWN) <= broken
+
+
+# names of losses and of their functions, but for words that mean something else elsewhere
+VARIANTS = {*PRESETS, *OBJECTIVES}
+# the tables, and the definition that everything is compared with
+NAMES_THEM = {"grpo_fast/presets.py", "grpo_fast/reference.py"}
+BELOW_THE_TRAINER = ("advantages", "config", "engine", "loss", "models", "objective", "plan")
+
+
+def strings_of(path) -> list[tuple[int, str]]:
+    """Line and text of every string that is no documentation."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    stated = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    constants = (n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in stated)
+    return [(n.lineno, n.value) for n in constants if isinstance(n.value, str)]
+
+
+def test_no_variant_is_named_below_the_trainer():
+    """A variant is one row: no `if loss_type == ...` outside the tables. The default of LossConfig
+    names one, as it must."""
+    found = []
+    for path in sorted((ROOT / "grpo_fast").rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if name in NAMES_THEM or room_of_file(name) not in BELOW_THE_TRAINER:
+            continue
+        found += [f"{name}:{line} {text}" for line, text in strings_of(path) if text in VARIANTS]
+    (default,) = found
+    assert default.startswith("grpo_fast/config.py:") and default.endswith(LossConfig.loss_type)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_fast import doctor
+from grpo_fast.cli import doctor
 from grpo_fast.rewards.code import code_reward
 from grpo_fast.rewards.sandbox import Limits, Program, Sandbox, SandboxUnavailable, command
 from grpo_fast.rewards.sandbox.child import encode
