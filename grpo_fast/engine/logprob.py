@@ -57,7 +57,7 @@ def _select(upstream: Upstream, mask: Tensor, like: Tensor) -> tuple[Tensor, ...
     dlogp, dentropy, dlse = upstream
     zero = torch.zeros_like(like)
     dlogp, *others = (
-        None if g is None else torch.where(mask, g.reshape(-1).to(like.dtype), zero)
+        None if g is None else torch.where(mask, g.to(like.dtype), zero)
         for g in (dlogp, dlse, dentropy)
     )
     return (zero if dlogp is None else dlogp, *others)

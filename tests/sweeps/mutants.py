@@ -270,8 +270,8 @@ MUTANTS = [
     *mutants_of(
         "grpo_fast/engine/logprob.py",
         (
-            "torch.where(mask, g.reshape(-1).to(like.dtype), zero)",
-            "g.reshape(-1).to(like.dtype)",
+            "torch.where(mask, g.to(like.dtype), zero)",
+            "g.to(like.dtype)",
             "masked rows get a gradient",
             "rows",
         ),
