@@ -26,8 +26,8 @@ SEGMENT = 65536
 FEW_ROWS = 264
 
 # Programs of a gradient that are aimed at, 8 on each of 132 SMs, and most tiles of one of them: a
-# bf16 row of V = 151936 is 3 programs: the last wave of a chunk is short. What a program has
-# beside its loop is about 350 instructions, 1.4 per logit at 8 tiles.
+# bf16 row of V = 151936 is 3 programs, so that the last wave of a chunk is short. Beside its loop a
+# program has about 350 instructions, 1.4 per logit at 8 tiles.
 GRADIENT_PROGRAMS = 1056
 GRADIENT_TILES = 8
 

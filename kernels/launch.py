@@ -33,3 +33,13 @@ def row_arguments(
         "HAS_SOFTCAP": softcap is not None,
         "NEGATIVE": scale < 0,
     }
+
+
+def gradient_arguments(logits: torch.Tensor, out: torch.Tensor) -> dict[str, object]:
+    """Launch arguments for the gradient of rows of logits in out, both (B, T, V)."""
+    return {
+        "out_ptr": out,
+        "stride_out_b": out.stride(0),
+        "stride_out_t": out.stride(1),
+        "NARROW": out.element_size() < logits.element_size(),
+    }

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from grpo_fast.kernels.configs import forward_launch, gradient_launch, gradient_tiles
 from grpo_fast.kernels.lang import row_factors, row_pointer
-from grpo_fast.kernels.launch import PER_CALL, row_arguments
+from grpo_fast.kernels.launch import PER_CALL, gradient_arguments, row_arguments
 from grpo_fast.kernels.row_gradient import store_row_gradient, store_zero_row
 from grpo_fast.kernels.row_parts import row_parts
 from grpo_fast.kernels.row_stats import row_stats
@@ -201,10 +201,8 @@ def logprob_fwd(
         return
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(logits):
-        arguments = {
-            **row_arguments(logits, scale, softcap, inv_temperature),
-            **forward_launch(logits, softcap),
-        }
+        arguments = row_arguments(logits, scale, softcap, inv_temperature)
+        arguments |= forward_launch(logits, softcap)
         parts = row_parts(logits, ids, active, entropy, arguments)
         logprob_fwd_kernel[(B * T,)](
             ids_ptr=ids,
@@ -260,16 +258,13 @@ def logprob_bwd(
             dlogp_ptr=dlogp,
             dlse_ptr=dlse,
             dentropy_ptr=dentropy,
-            out_ptr=out,
-            stride_out_b=out.stride(0),
-            stride_out_t=out.stride(1),
             stride_stats=stats.stride(0),
             tiles=tiles,
             HAS_MASK=active is not None,
             HAS_DLSE=dlse is not None,
             HAS_DENTROPY=dentropy is not None,
             SKIP_ZEROS=skip_zeros,
-            NARROW=narrow,
+            **gradient_arguments(logits, out),
             **row_arguments(logits, scale, softcap, inv_temperature),
             **launch,
         )

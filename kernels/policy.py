@@ -12,7 +12,7 @@ import triton.language as tl
 
 from grpo_fast.kernels.configs import forward_launch, gradient_launch, stays_in_l2
 from grpo_fast.kernels.lang import device_function, row_factors, row_pointer
-from grpo_fast.kernels.launch import PER_CALL, row_arguments
+from grpo_fast.kernels.launch import PER_CALL, gradient_arguments, row_arguments
 from grpo_fast.kernels.logprob import logprob_bwd
 from grpo_fast.kernels.row_gradient import store_row_gradient, store_zero_row
 from grpo_fast.kernels.row_parts import is_shared, row_parts
@@ -206,22 +206,9 @@ def policy_kernel(
     factors = row_factors(scale, softcap, inv_temperature, HAS_SOFTCAP, NEGATIVE)
     if active:
         logp, entropy, peak, log_sum = row_stats(
-            row_ptr,
-            target,
-            V,
-            factors,
-            parts_ptr,
-            n,
-            HAS_PARTS,
-            HAS_ENTROPY,
-            HAS_SOFTCAP,
-            NEGATIVE,
-            KEEP,
-            SEGMENT,
-            STRIPS,
-            THREADS,
-            VEC,
-        )
+            row_ptr, target, V, factors, parts_ptr, n, HAS_PARTS, HAS_ENTROPY, HAS_SOFTCAP,
+            NEGATIVE, KEEP, SEGMENT, STRIPS, THREADS, VEC,
+        )  # fmt: skip
         loss, ratio, kl, dlogp, dentropy = evaluate_token(
             n,
             logp,
@@ -258,25 +245,18 @@ def policy_kernel(
             store_zero_row(grad_ptr, V, 0, V, BWD_STRIPS, THREADS, BWD_VEC)
         else:
             store_row_gradient(
-                row_ptr,
-                grad_ptr,
-                target,
-                V,
-                0,
-                V,
-                (logp, entropy, peak, log_sum),
-                (dlogp, 0.0, dentropy),
-                factors,
-                HAS_SOFTCAP,
-                NEGATIVE,
-                False,
-                HAS_DENTROPY,
-                NARROW,
-                KEEP,
-                BWD_STRIPS,
-                THREADS,
-                BWD_VEC,
-            )
+                row_ptr, grad_ptr, target, V, 0, V, (logp, entropy, peak, log_sum),
+                (dlogp, 0.0, dentropy), factors, HAS_SOFTCAP, NEGATIVE, False, HAS_DENTROPY,
+                NARROW, KEEP, BWD_STRIPS, THREADS, BWD_VEC,
+            )  # fmt: skip
+
+
+def _numbers(
+    parameters: tuple[float, float, float, float], bounds: tuple[float, float]
+) -> dict[str, float]:
+    """Launch arguments of the objective and of the rollout weight."""
+    names = ("param_a", "param_b", "param_c", "param_d", "rollout_low", "rollout_high")
+    return dict(zip(names, map(float, (*parameters, *bounds)), strict=True))
 
 
 def policy(
@@ -337,10 +317,8 @@ def policy(
     saved = terms.new_empty(5, B * T) if later else None
     has_entropy = entropy or entropy_coef != 0.0
     with torch.cuda.device_of(logits):
-        arguments = {
-            **row_arguments(logits, scale, softcap, inv_temperature),
-            **forward_launch(logits, softcap),
-        }
+        arguments = row_arguments(logits, scale, softcap, inv_temperature)
+        arguments |= forward_launch(logits, softcap)
         backward = gradient_launch(logits, target, softcap)
         parts = row_parts(logits, ids, active, has_entropy, arguments)
         policy_kernel[(B * T,)](
@@ -354,19 +332,11 @@ def policy(
             terms_ptr=terms,
             parts_ptr=parts,
             saved_ptr=saved,
-            out_ptr=target,
-            stride_out_b=target.stride(0),
-            stride_out_t=target.stride(1),
             stride_stats=terms.stride(0),
             stride_saved=B * T,
-            param_a=float(parameters[0]),
-            param_b=float(parameters[1]),
-            param_c=float(parameters[2]),
-            param_d=float(parameters[3]),
             beta=float(beta),
             entropy_coef=float(entropy_coef),
-            rollout_low=float(rollout_bounds[0]),
-            rollout_high=float(rollout_bounds[1]),
+            **_numbers(parameters, rollout_bounds),
             TOKEN_LOSS=device_function(token_loss),
             OBJECTIVE=device_function(objective),
             KL=device_function(kl),
@@ -384,10 +354,10 @@ def policy(
             HAS_DENTROPY=entropy_coef != 0.0,
             WRITE_GRADIENT=out is not None and not later,
             SAVE=later,
-            NARROW=narrow,
             BWD_STRIPS=backward["STRIPS"],
             BWD_VEC=backward["VEC"],
             KEEP=out is not None and stays_in_l2(logits),
+            **gradient_arguments(logits, target),
             **arguments,
         )
     if later:

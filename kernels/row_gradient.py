@@ -121,6 +121,65 @@ def store_gradient_tile(
 
 
 @triton.jit
+def store_gradient_tiles(
+    row_ptr,
+    out_ptr,
+    first,
+    stop,
+    scalars,
+    inner,
+    c,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    HAS_DENTROPY: tl.constexpr,
+    KEEP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Gradient of the whole tiles [first, stop): the loop that is counted."""
+    cols = tl.arange(0, TILE)
+    for i in range(first, stop, TILE):
+        store_gradient_tile(
+            row_ptr + i, out_ptr + i, cols, 0, scalars, inner, c,
+            False, False, HAS_SOFTCAP, NEGATIVE, HAS_DENTROPY, KEEP,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_narrow_tiles(
+    row_ptr,
+    out_ptr,
+    stop,
+    scalars,
+    inner,
+    c,
+    HAS_SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    HAS_DENTROPY: tl.constexpr,
+    KEEP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Gradient of the whole tiles [0, stop), at the front of the bytes of the same row.
+
+    Tile i of the output lies on tile i // 2 of the input, so a barrier before tiles 1, 2, 4, 8, ...
+    makes all threads read that far first.
+    """
+    if stop > 0:
+        store_gradient_tile(
+            row_ptr, out_ptr, tl.arange(0, TILE), 0, scalars, inner, c,
+            False, True, HAS_SOFTCAP, NEGATIVE, HAS_DENTROPY, KEEP,
+        )  # fmt: skip
+    first = TILE
+    while first < stop:
+        tl.debug_barrier()
+        doubled = tl.minimum(first + first, stop)
+        store_gradient_tiles(
+            row_ptr, out_ptr, first, doubled, scalars, inner, c,
+            HAS_SOFTCAP, NEGATIVE, HAS_DENTROPY, KEEP, TILE,
+        )  # fmt: skip
+        first = doubled
+
+
+@triton.jit
 def store_row_gradient(
     row_ptr,
     out_ptr,
@@ -146,13 +205,11 @@ def store_row_gradient(
 
     stats is (logp, entropy, peak, log_sum), upstream (dlogp, dlse, dentropy), factors (inner, gain,
     c, chain). target is -1 where it is no column of these logits. The output may be the input: each
-    thread overwrites what it has read itself. NARROW: it may be the same bytes as a narrower type.
-    Then tile i of the output lies on tile i // 2 of the input, and a barrier before tiles 1, 2, 4,
-    8, ... makes all threads read that far first; start is 0.
+    thread overwrites what it has read itself. NARROW: it may be the same bytes as a narrower type;
+    start is 0.
     """
     TILE: tl.constexpr = STRIPS * THREADS * VEC
     inner, gain, c, chain = factors
-    cols = tl.arange(0, TILE)
     scalars = gradient_scalars(stats, upstream, chain, HAS_DLSE, HAS_DENTROPY)
     at_target = scalars[3]
     has_target = (target >= start) & (target - start < columns)
@@ -163,95 +220,28 @@ def store_row_gradient(
         tl.debug_barrier()
     stop = start + tl.minimum(V - start, columns)
     full = tl.multiple_of(stop - (stop - start) % TILE, VEC)
-    first = start
     if tl.abs(stats[2]) > FAR:
         store_far_gradient(
-            row_ptr,
-            out_ptr,
-            start,
-            stop,
-            scalars,
-            inner,
-            gain,
-            stats[2],
-            HAS_SOFTCAP,
-            NEGATIVE,
-            HAS_DENTROPY,
-            THREADS,
-        )
+            row_ptr, out_ptr, start, stop, scalars, inner, gain, stats[2],
+            HAS_SOFTCAP, NEGATIVE, HAS_DENTROPY, THREADS,
+        )  # fmt: skip
         # nothing is left for the loops
-        first, full, stop = stop, start, start
+        full, stop = start, start
     if NARROW:
-        if first < full:
-            store_gradient_tile(
-                row_ptr,
-                out_ptr,
-                cols,
-                V,
-                scalars,
-                inner,
-                c,
-                False,
-                True,
-                HAS_SOFTCAP,
-                NEGATIVE,
-                HAS_DENTROPY,
-                KEEP,
-            )
-            first = TILE
-        while first < full:
-            tl.debug_barrier()
-            doubled = tl.minimum(first + first, full)
-            for i in range(first, doubled, TILE):
-                store_gradient_tile(
-                    row_ptr + i,
-                    out_ptr + i,
-                    cols,
-                    V,
-                    scalars,
-                    inner,
-                    c,
-                    False,
-                    False,
-                    HAS_SOFTCAP,
-                    NEGATIVE,
-                    HAS_DENTROPY,
-                    KEEP,
-                )
-            first = doubled
+        store_narrow_tiles(
+            row_ptr, out_ptr, full, scalars, inner, c,
+            HAS_SOFTCAP, NEGATIVE, HAS_DENTROPY, KEEP, TILE,
+        )  # fmt: skip
     else:
-        for i in range(first, full, TILE):
-            store_gradient_tile(
-                row_ptr + i,
-                out_ptr + i,
-                cols,
-                V,
-                scalars,
-                inner,
-                c,
-                False,
-                False,
-                HAS_SOFTCAP,
-                NEGATIVE,
-                HAS_DENTROPY,
-                KEEP,
-            )
+        store_gradient_tiles(
+            row_ptr, out_ptr, start, full, scalars, inner, c,
+            HAS_SOFTCAP, NEGATIVE, HAS_DENTROPY, KEEP, TILE,
+        )  # fmt: skip
     if full < stop:
         store_gradient_tile(
-            row_ptr + full,
-            out_ptr + full,
-            cols,
-            V - full,
-            scalars,
-            inner,
-            c,
-            True,
-            NARROW,
-            HAS_SOFTCAP,
-            NEGATIVE,
-            HAS_DENTROPY,
-            KEEP,
-        )
+            row_ptr + full, out_ptr + full, tl.arange(0, TILE), V - full, scalars, inner, c,
+            True, NARROW, HAS_SOFTCAP, NEGATIVE, HAS_DENTROPY, KEEP,
+        )  # fmt: skip
     if has_target:
         # after the thread that owns the column
         tl.debug_barrier()

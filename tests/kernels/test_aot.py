@@ -25,9 +25,9 @@ from grpo_fast.objective import objectives  # noqa: E402
 from grpo_fast.presets import KL_ESTIMATORS, OBJECTIVES  # noqa: E402
 
 # Scalars of a row: id, mask, target logit, temperature, old, reference and rollout log-prob,
-# advantage and weight, or statistics and upstream gradients. A tile that lost its vectorisation
-# adds 8 or more to at least 3.
-SCALAR_LOADS = 10
+# advantage and weight, or statistics and upstream gradients, and the two loops over a far row. A
+# loop that lost its vectorisation adds 8 or more to at least 3, and its masked twin as many.
+SCALAR_LOADS = 12
 
 
 @functools.cache

@@ -140,8 +140,8 @@ KERNEL_MUTANTS = [
             "kernel_rows",
         ),
         (
-            "doubled = tl.minimum(first + first, full)",
-            "doubled = tl.minimum(first + first, full - TILE)",
+            "doubled = tl.minimum(first + first, stop)",
+            "doubled = tl.minimum(first + first, stop - TILE)",
             "the narrow gradient of the last whole tile is missing",
             "kernel_rows",
         ),
