@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("rule:judge?model=m&mode=rank", "mode: expected score or pairwise"),
         ("rule:judge?model=m&url=file:///etc/passwd", "url: expected http"),
         ("rule:judge?model=m&low=5&high=5", "low: expected less than high"),
-        ("reasoning_gym:chain_sumz", "has no task 'chain_sumz'"),
+        ("reasoning_gym:chain_sumz", "expected a task of reasoning_gym, got 'chain_sumz'"),
         ("worker:os:getcwdd", "has no 'getcwdd'"),
         ("worker:os.path:join?workers=0", "expected workers to be an integer >= 1"),
         ("worker:os.path:join?wrkers=1", "no option 'wrkers'; did you mean 'workers'?"),
