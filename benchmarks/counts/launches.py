@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_fast import objectives
-from grpo_fast.config import OBJECTIVES
 from grpo_fast.kernels import logprob
 from grpo_fast.kernels import policy as one_pass
+from grpo_fast.objective import objectives
+from grpo_fast.presets import OBJECTIVES
 
 OURS = "grpo_fast"
 ROWS = 2048

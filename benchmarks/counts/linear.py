@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from grpo_fast.chunks import chunk_size, round_up
+from grpo_fast.engine.chunks import chunk_size, round_up
 
 FP32, BF16 = 4, 2
 
@@ -45,7 +45,7 @@ class Design:
 
     name: str = "today"
     chunk_rows: int | None = None
-    """None: what `grpo_fast.chunks.chunk_size` gives by default on a GPU."""
+    """None: what `grpo_fast.engine.chunks.chunk_size` gives by default on a GPU."""
     equal_chunks: bool = False
     """Chunks of one size, in place of full ones and a rest."""
     one_product: bool = False

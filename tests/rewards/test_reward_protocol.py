@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_fast.advantages import group_advantages
-from grpo_fast.rewards import (
-    RewardSet,
+from grpo_fast.advantages import (
     decoupled_advantages,
-    load_reward,
+    group_advantages,
     normalized_within_groups,
 )
+from grpo_fast.rewards import RewardSet, load_reward
 
 PROMPTS = ["1 + 1 =", "2 + 2 =", "3 + 3 ="]
 COMPLETIONS = [" 2", " four", ""]

@@ -28,7 +28,7 @@ def test_what_is_trained_on_is_what_was_sampled(tmp_path):
 
     run = trainer(tmp_path, reward=edits, max_steps=1)
     run.train()
-    assert run.window[0]["ids"].tolist() == [token for ids in sampled for token in ids]
+    assert run.window.micro_batches[0].packed.ids.tolist() == [token for ids in sampled for token in ids]
 
 
 def test_a_reward_that_seeds_does_not_repeat_the_samples(tmp_path):
@@ -130,11 +130,11 @@ def test_each_reward_is_normalised_within_its_group(tmp_path):
         ),
         (
             {"multi_objective_aggregation": "normalize_then_sum", "loss_type": "rloo"},
-            "makes advantages of its own",
+            "multi_objective_aggregation: expected 'sum_then_normalize'",
         ),
         (
             {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
-            "makes advantages of its own|scale_rewards",
+            "multi_objective_aggregation: expected|scale_rewards",
         ),
     ],
 )

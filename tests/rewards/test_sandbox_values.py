@@ -116,7 +116,7 @@ class _Loud:
         {1: _Loud()},
         (object(),),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_no_plain_data(value):
     with pytest.raises(NotPlain):

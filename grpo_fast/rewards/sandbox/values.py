@@ -51,7 +51,7 @@ def same(got: Any, expected: Any, *, types: str = "strict", tolerance: float = 0
         types: "strict" asks for the same type at every level, so that neither True nor 1.0 is 1.
             "json" compares numbers by value and a tuple as a list, for data sets that went through
             JSON; True is still not 1.
-        tolerance: floats a, b are equal when |a - b| <= tolerance * max(1, |b|), but for those
+        tolerance: floats a, b (or the parts of complex numbers) are equal when |a - b| <= tolerance * max(1, |b|), but for those
             inside a set and as keys. NaN equals NaN.
     """
     if types == "json":
@@ -68,6 +68,9 @@ def same(got: Any, expected: Any, *, types: str = "strict", tolerance: float = 0
         return all(same(*pair, types=types, tolerance=tolerance) for pair in pairs)
     if isinstance(got, Unordered):
         return _same_unordered(got, expected, types, tolerance)
+    if isinstance(got, complex):
+        parts = ((got.real, expected.real), (got.imag, expected.imag))
+        return all(_close(*pair, tolerance) for pair in parts)
     return got == expected
 
 
