@@ -28,7 +28,8 @@ def test_what_is_trained_on_is_what_was_sampled(tmp_path):
 
     run = trainer(tmp_path, reward=edits, max_steps=1)
     run.train()
-    assert run.window.micro_batches[0].packed.ids.tolist() == [token for ids in sampled for token in ids]
+    trained = run.window.micro_batches[0].packed.ids.tolist()
+    assert trained == [token for ids in sampled for token in ids]
 
 
 def test_a_reward_that_seeds_does_not_repeat_the_samples(tmp_path):

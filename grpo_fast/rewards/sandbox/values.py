@@ -51,8 +51,9 @@ def same(got: Any, expected: Any, *, types: str = "strict", tolerance: float = 0
         types: "strict" asks for the same type at every level, so that neither True nor 1.0 is 1.
             "json" compares numbers by value and a tuple as a list, for data sets that went through
             JSON; True is still not 1.
-        tolerance: floats a, b (or the parts of complex numbers) are equal when |a - b| <= tolerance * max(1, |b|), but for those
-            inside a set and as keys. NaN equals NaN.
+        tolerance: floats a, b, and the parts of complex numbers, are equal when
+            |a - b| <= tolerance * max(1, |b|), but for those inside a set and as keys. NaN equals
+            NaN.
     """
     if types == "json":
         got, expected = _as_json(got), _as_json(expected)
