@@ -1,5 +1,14 @@
-"""Rewards (P, G) -> advantages (P, G)."""
+"""Rewards (P, G) -> advantages (P, G); rewards and values of tokens (N,) -> advantages (N,)."""
 
+from .gae import (
+    KL_IN_REWARD,
+    explained_variance,
+    gae,
+    length_lam,
+    token_kl,
+    token_rewards,
+    whiten,
+)
 from .group import (
     SCALES,
     centered_advantages,
@@ -11,13 +20,20 @@ from .table import ADVANTAGES, advantages_of, check_estimator
 
 __all__ = [
     "ADVANTAGES",
+    "KL_IN_REWARD",
     "SCALES",
     "SCHEMES",
     "advantages_of",
     "centered_advantages",
     "check_estimator",
     "check_weighting",
+    "explained_variance",
+    "gae",
     "group_advantages",
     "leave_one_out_advantages",
+    "length_lam",
     "reward_weights",
+    "token_kl",
+    "token_rewards",
+    "whiten",
 ]
