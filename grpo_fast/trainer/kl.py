@@ -8,7 +8,11 @@ in nats per token, as in the implementations that stop.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from grpo_fast.checks import fail, is_number, nearest
 
@@ -180,3 +184,122 @@ class KLStop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.stopped, self.skipped = state["stopped"], state["skipped"]
+
+
+STOP_KINDS = ("old", "reference")
+
+
+def option(default: object, text: str) -> Any:
+    """A field of a config with its help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class KLOptions:
+    """The options of this file, for a config that inherits them."""
+
+    kl_controller: str = option(
+        "fixed",
+        f"How beta (of PPO kl_coef) follows kl_target: {', '.join(CONTROLLERS)}.",
+    )
+    kl_target: float | None = option(
+        None, "KL that the controller aims at, in nats per completion (summed over its tokens)."
+    )
+    kl_horizon: float | None = option(
+        None, "ziegler: completions in which the coefficient may change by a fifth; default: 10000."
+    )
+    target_kl: float | None = option(
+        None,
+        "Drop the optimizer steps that are left of a window once the KL of one is above 1.5 times "
+        "this, in nats per token.",
+    )
+    target_kl_to: str = option(
+        "old", "What target_kl is against: the 'old' policy that sampled, or the 'reference'."
+    )
+
+    @property
+    def kl_coefficient(self) -> tuple[str, float]:
+        """Name and value of the option that the controller starts from."""
+        return "beta", self.beta
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether there is a reference policy."""
+        return self.beta > 0
+
+    def check_kl(self) -> None:
+        """Refuse what cannot be honoured, once the sizes of the window are known.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        options = (self.kl_controller, self.kl_target, self.kl_horizon)
+        check_controller(*options, *self.kl_coefficient)
+        if self.target_kl_to not in STOP_KINDS:
+            hint = nearest(self.target_kl_to, STOP_KINDS)
+            fail("target_kl_to", "a known policy", repr(self.target_kl_to), hint)
+        if self.target_kl is None:
+            if self.target_kl_to != "old":
+                fail("target_kl_to", "'old' without target_kl", repr(self.target_kl_to))
+            return
+        if not is_number(self.target_kl) or not 0 < self.target_kl < math.inf:
+            fail("target_kl", "None or a finite number > 0", repr(self.target_kl))
+        if self.target_kl_to == "reference" and not self.needs_reference:
+            fail("target_kl_to", "'old' without a reference policy", repr(self.target_kl_to))
+        steps = self.gradient_accumulation_steps
+        if self.on_policy or self.window_uses % steps:
+            expected = (
+                "None where an optimizer step does not end within a window: the window serves "
+                f"{self.window_uses} micro-steps and a step takes {steps}"
+            )
+            fail("target_kl", expected, repr(self.target_kl))
+        if self.fp16:
+            # its gradient scaler asks for a gradient in every step
+            fail("target_kl", "None with fp16", repr(self.target_kl), "use bf16")
+
+
+def approximate_kl(logp: Tensor, old_logp: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Mean over the kept tokens of k3 = r - 1 - log r, the KL of the old policy to the new one.
+
+    Source: Approximating KL Divergence (Schulman, 2020).
+
+    Args:
+        logp: (N,) of the policy now, nats, without gradient.
+        old_logp: (N,); None: the policy is its own old policy.
+        mask: (N,) bool; None: all.
+
+    Returns:
+        0-d, nats per token; 0 without a kept token.
+    """
+    if old_logp is None:
+        return logp.new_zeros(())
+    gap = logp - old_logp
+    kl = torch.expm1(gap) - gap
+    if mask is None:
+        return kl.sum() / max(kl.numel(), 1)
+    return torch.where(mask, kl, torch.zeros_like(kl)).sum() / mask.sum().clamp(min=1)
+
+
+class StepKL:
+    """KL of the coming optimizer step, summed on the device from its micro-batches."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+
+    def add(self, metrics: dict[str, Tensor], completions: int) -> None:
+        """Add a micro-batch: the loss's means over its tokens, and its completions."""
+        tokens = metrics["tokens"].float()
+        zero = torch.zeros_like(tokens)
+        means = [metrics.get(name, zero).float() for name in ("approx_kl", "kl")]
+        # a mean over no tokens is no number that could be multiplied away
+        totals = [torch.where(tokens > 0, mean * tokens, zero) for mean in means]
+        row = torch.stack((*totals, tokens, torch.full_like(tokens, completions)))
+        self.sums = row if self.sums is None else self.sums + row
+
+    def take(self, accelerator: Any) -> dict[str, float] | None:
+        """Sums over all ranks: `old` and `reference` in nats, `tokens` and `completions`; None when
+        nothing was added. Waits for the device; every rank calls it."""
+        if self.sums is None:
+            return None
+        sums, self.sums = accelerator.reduce(self.sums, "sum"), None
+        return dict(zip(("old", "reference", "tokens", "completions"), sums.tolist(), strict=True))
