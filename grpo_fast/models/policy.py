@@ -138,5 +138,3 @@ def _through_head(
     hidden = backbone(lm)(*args, **given)[0]
     head = find_head(lm)
     return head_fn(hidden.to(head.weight.dtype), head)
-
-

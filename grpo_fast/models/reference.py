@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_fast.models.critic import without_critic
 from grpo_fast.models.head import (
     evaluating,
     innermost,
@@ -59,7 +60,7 @@ class ReferencePolicy:
         if not 0 < alpha <= 1:
             raise ValueError(f"alpha: expected a number in (0, 1], got {alpha}")
         ours = dict(innermost(self.model).named_parameters())
-        theirs = dict(innermost(model).named_parameters())
+        theirs = without_critic(dict(innermost(model).named_parameters()))
         if [(n, p.shape) for n, p in ours.items()] != [(n, p.shape) for n, p in theirs.items()]:
             raise ValueError("model: its parameters are not those the reference was made from")
         for name, reference in ours.items():
