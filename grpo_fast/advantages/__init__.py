@@ -1,4 +1,7 @@
-"""Rewards (P, G) -> advantages (P, G); rewards and values of tokens (N,) -> advantages (N,)."""
+"""Rewards (P, G) -> advantages (P, G).
+
+With a critic: rewards and values of tokens (N,) -> advantages (N,), in `gae`.
+"""
 
 from .gae import (
     KL_IN_REWARD,

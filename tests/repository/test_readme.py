@@ -26,7 +26,7 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 # Pages whose every snippet is complete. In those of the adapters some show a change of a script.
 WHOLE = ("README.md", "docs/losses.md", "docs/options.md", "docs/routes.md", "docs/precision.md")
-WHOLE += ("docs/benchmarks.md", "docs/trainer.md", "docs/integrations.md")
+WHOLE += ("docs/benchmarks.md", "docs/trainer.md", "docs/ppo.md", "docs/integrations.md")
 PROSE = ("README.md", "CONTRIBUTING.md", "kernels/README.md")
 PROSE += tuple(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")))
 FOLDERS = {
