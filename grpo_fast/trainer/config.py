@@ -309,7 +309,7 @@ class GRPOConfig(KLOptions, TrainingArguments):
             raise ValueError(
                 f"scale_rewards must be 'group', 'batch' or 'none', got {self.scale_rewards!r}."
             )
-        if self.sync_ref_model and self.beta == 0:
+        if self.sync_ref_model and not self.needs_reference:
             raise ValueError(
                 "sync_ref_model: beta is 0, so there is no reference; set beta above 0."
             )

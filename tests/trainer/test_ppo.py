@@ -352,3 +352,13 @@ def test_the_reward_rises(tmp_path, critic):
     assert len(rewards) == 40 and sum(rewards[:2]) / 2 < 0.1
     assert sum(rewards[-4:]) / 4 > 0.6, rewards
     assert sorted(explained[2:20])[9] > 0.3, explained
+
+
+def test_a_moving_reference_leaves_the_critic_out(tmp_path):
+    """With a share of 1 and every step, the reference is the policy itself."""
+    moving = {"sync_ref_model": True, "ref_model_mixup_alpha": 1.0, "ref_model_sync_steps": 1}
+    run = trainer(tmp_path, max_steps=2, **moving)
+    run.train()
+    policy = without_critic(run.model.state_dict())
+    for name, weight in run.reference.model.state_dict().items():
+        torch.testing.assert_close(weight, policy[name], rtol=1e-6, atol=1e-7)
