@@ -42,7 +42,8 @@ args = PPOConfig(
     folder, per_device_train_batch_size=int(size), num_iterations=3, max_completion_length=10,
     optim="sgd", learning_rate=0.1, max_steps=6, logging_steps=1, save_strategy="no",
     critic=critic, value_warmup_steps=1, target_kl=1e-4, kl_controller="doubling", kl_target=1e-3,
-    shuffle_dataset=False, disable_tqdm=True, use_cpu=True, ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+    shuffle_dataset=False, disable_tqdm=True, use_cpu=True,
+    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
 )
 run = Canned(model(), reward, args, dataset(8), processing_class=tokenizer())
 run.train()
