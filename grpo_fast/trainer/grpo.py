@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from transformers import (
 )
 
 from grpo_fast.advantages.table import advantages_of
-from grpo_fast.config import LossConfig
 from grpo_fast.loss.linear import linear_policy_loss
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.packing import (
@@ -292,12 +290,6 @@ class GRPOTrainer(RolloutTrainer):
         for term in terms:
             metrics["approx_kl"] = approximate_kl(term.logp, micro.old_logp, micro.mask)
         return loss, metrics
-
-    def current_loss_config(self) -> LossConfig:
-        """The loss of this step: with the coefficient of a controller that moves beta."""
-        if self.args.kl_controller == "fixed" or self.args.kl_coefficient[0] != "beta":
-            return self.loss_config
-        return replace(self.loss_config, beta=self.kl.coefficient)
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued, the rewards among it."""

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from grpo_fast.config import LossConfig
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.reference import ReferencePolicy
 from grpo_fast.objective import weights
@@ -200,6 +201,12 @@ class RolloutTrainer(ResumableTrainer):
         if self.kl_stop is not None and self.kl_stop.stopped:
             return torch.zeros((), device=self.args.device)
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def current_loss_config(self) -> LossConfig:
+        """The loss of this step: with the coefficient of a controller that moves beta."""
+        if self.args.kl_controller == "fixed" or self.args.kl_coefficient[0] != "beta":
+            return self.loss_config
+        return replace(self.loss_config, beta=self.kl.coefficient)
 
     def before_step(self) -> None:
         """Judge the KL of the coming optimizer step, whose gradients are complete.
