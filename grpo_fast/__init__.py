@@ -31,6 +31,8 @@ __all__ = [
     "Head",
     "LogProbs",
     "LossConfig",
+    "PPOConfig",
+    "PPOTrainer",
     "PRESETS",
     "TokenLosses",
     "TokenTerms",
@@ -49,6 +51,8 @@ __all__ = [
 _LAZY = {
     "GRPOConfig": "trainer.config",
     "GRPOTrainer": "trainer.grpo",
+    "PPOConfig": "trainer.ppo_config",
+    "PPOTrainer": "trainer.ppo",
     "attach": "models.policy",
 }
 

@@ -1,6 +1,18 @@
-"""Rewards (P, G) -> advantages (P, G)."""
+"""Rewards (P, G) -> advantages (P, G).
+
+With a critic: rewards and values of tokens (N,) -> advantages (N,), in `gae`.
+"""
 
 from .decoupled import decoupled_advantages, normalized_within_groups
+from .gae import (
+    KL_IN_REWARD,
+    explained_variance,
+    gae,
+    length_lam,
+    token_kl,
+    token_rewards,
+    whiten,
+)
 from .group import (
     SCALES,
     centered_advantages,
@@ -12,6 +24,7 @@ from .table import ADVANTAGES, advantages_of, check_estimator
 
 __all__ = [
     "ADVANTAGES",
+    "KL_IN_REWARD",
     "SCALES",
     "SCHEMES",
     "advantages_of",
@@ -19,8 +32,14 @@ __all__ = [
     "check_estimator",
     "check_weighting",
     "decoupled_advantages",
+    "explained_variance",
+    "gae",
     "group_advantages",
     "leave_one_out_advantages",
+    "length_lam",
     "normalized_within_groups",
     "reward_weights",
+    "token_kl",
+    "token_rewards",
+    "whiten",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.checks import fail
+from grpo_fast.models.critic import without_critic
 from grpo_fast.models.head import (
     evaluating,
     innermost,
@@ -61,7 +62,7 @@ class ReferencePolicy:
         if not 0 < alpha <= 1:
             fail("alpha", "a number in (0, 1]", alpha)
         ours = dict(innermost(self.model).named_parameters())
-        theirs = dict(innermost(model).named_parameters())
+        theirs = without_critic(dict(innermost(model).named_parameters()))
         if [(n, p.shape) for n, p in ours.items()] != [(n, p.shape) for n, p in theirs.items()]:
             fail("model", "the parameters that the reference was made from", "others")
         for name, reference in ours.items():

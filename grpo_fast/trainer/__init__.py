@@ -9,11 +9,21 @@ _HOME = {
     "GRPOConfig": "config",
     "GRPOTrainer": "grpo",
     "MicroBatch": "window",
+    "PPOConfig": "ppo_config",
+    "PPOTrainer": "ppo",
     "RolloutTrainer": "loop",
     "Stateful": "checkpoint",
 }
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "MicroBatch", "RolloutTrainer", "Stateful"]
+__all__ = [
+    "GRPOConfig",
+    "GRPOTrainer",
+    "MicroBatch",
+    "PPOConfig",
+    "PPOTrainer",
+    "RolloutTrainer",
+    "Stateful",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -16,6 +16,9 @@ from grpo_fast.config import LossConfig
 from grpo_fast.presets import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS
 from grpo_fast.rewards.checks import check_limit
 from grpo_fast.rewards.combination import check_aggregation
+
+from .kl import KLOptions
+from .kl import option as _option
 
 _SCALES = {True: "group", False: "none", "True": "group", "False": "none"}
 # (option, keyword of `reward_weights`)
@@ -30,12 +33,8 @@ def _listed(names: Any) -> str:
     return ", ".join(names)
 
 
-def _option(default: object, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
-class GRPOConfig(TrainingArguments):
+class GRPOConfig(KLOptions, TrainingArguments):
     """Arguments of `GRPOTrainer`.
 
     The loss fields take their defaults from `LossConfig`, which also validates them. Batches, with
@@ -60,6 +59,8 @@ class GRPOConfig(TrainingArguments):
     Raises:
         ValueError: for any value out of range, before anything is loaded.
     """
+
+    fewest_generations: ClassVar[int] = 2
 
     _VALID_DICT_FIELDS = [
         *TrainingArguments._VALID_DICT_FIELDS,
@@ -216,6 +217,7 @@ class GRPOConfig(TrainingArguments):
         self._check_rewards()
         self._check_advantages()
         self._check_batches()
+        self.check_kl()
         self._check_trainer()
 
     def loss_config(self) -> LossConfig:
@@ -252,7 +254,7 @@ class GRPOConfig(TrainingArguments):
 
     def _check_integers(self) -> None:
         lowest = {
-            "num_generations": 2,
+            "num_generations": self.fewest_generations,
             "num_generations_eval": 1,
             "num_iterations": 1,
             "generation_batch_size": 1,
@@ -267,7 +269,7 @@ class GRPOConfig(TrainingArguments):
             if value is None and type(self).__dataclass_fields__[name].default is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
-                hint = "a group needs a baseline." if name == "num_generations" else ""
+                hint = "a group needs a baseline." if name == "num_generations" and low > 1 else ""
                 fail(name, f"an integer >= {low}", repr(value), hint)
 
     def _check_sampling(self) -> None:
@@ -305,7 +307,7 @@ class GRPOConfig(TrainingArguments):
         self.scale_rewards = _SCALES.get(self.scale_rewards, self.scale_rewards)
         if self.scale_rewards not in ("group", "batch", "none", None):
             fail("scale_rewards", "'group', 'batch' or 'none'", repr(self.scale_rewards))
-        if self.sync_ref_model and self.beta == 0:
+        if self.sync_ref_model and not self.needs_reference:
             expected = "False with beta = 0, which has no reference"
             fail("sync_ref_model", expected, True, "set beta above 0.")
 

@@ -35,6 +35,7 @@ from grpo_fast.rollout.hf import HFSampler
 from grpo_fast.rollout.rollouts import Rollouts
 
 from .config import GRPOConfig
+from .kl import approximate_kl
 from .loop import Example, RolloutTrainer, StepCallback
 from .metrics import Metrics, add_rollouts, loss_metrics
 from .reporting import Curves, MetricsFile, Progress
@@ -150,7 +151,7 @@ class GRPOTrainer(RolloutTrainer):
         check_packing(self.model, self.processing_class.pad_token_id)
         self.row_length = default_row_length(self.model)
         peft = hasattr(self.model, "peft_config")
-        if self.args.beta:
+        if self.args.needs_reference:
             self.reference = ReferencePolicy(self.model, peft)
             self.stateful["reference"] = self.reference
         self.sampler = HFSampler(
@@ -228,15 +229,20 @@ class GRPOTrainer(RolloutTrainer):
                 packed=packed,
                 advantages=advantages[part].to(self.args.device, torch.float32),
                 mask=self._mask(rollouts, part, packed),
-                old_logp=self._logprobs(self.model, packed) if old else None,
                 rollout_logp=self._flat(rollouts.logp, part, torch.float32),
             )
+            self.measure(micro, old)
             if self.reference is not None:
                 micro.ref_logp = self.reference.logprobs(
                     lambda m, packed=packed: self._logprobs(m, packed)
                 )
             out.append(micro)
         return out
+
+    def measure(self, micro: MicroBatch, old: bool) -> None:
+        """Fill in what the policy says of a micro-batch: old_logp where `old` asks for it."""
+        if old:
+            micro.old_logp = self._logprobs(self.model, micro.packed)
 
     def _mask(self, rollouts: Rollouts, part: slice, packed: PackedBatch) -> Tensor | None:
         """(N,) bool: written by the policy, and not in a completion that is left out; None: all."""
@@ -261,22 +267,33 @@ class GRPOTrainer(RolloutTrainer):
         packed = micro.packed
 
         def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
-            return linear_policy_loss(
-                packed.select(hidden),
-                head,
-                packed.ids,
-                micro.advantages,
-                config=self.loss_config,
-                mask=micro.mask,
-                cu_seqlens=packed.cu_seqlens,
-                old_logp=micro.old_logp,
-                ref_logp=micro.ref_logp,
-                rollout_logp=micro.rollout_logp,
-                denominator=micro.denominator,
-                workspace_bytes=self.args.workspace_bytes,
-            )
+            return self.policy_loss(packed.select(hidden), head, micro)
 
         return model(**packed.inputs(), head_fn=head_fn)
+
+    def policy_loss(
+        self, hidden: Tensor, head: Any, micro: MicroBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the policy on hidden (N, H), and its metrics."""
+        packed = micro.packed
+        loss, metrics, *terms = linear_policy_loss(
+            hidden,
+            head,
+            packed.ids,
+            micro.advantages,
+            config=self.current_loss_config(),
+            mask=micro.mask,
+            cu_seqlens=packed.cu_seqlens,
+            old_logp=micro.old_logp,
+            ref_logp=micro.ref_logp,
+            rollout_logp=micro.rollout_logp,
+            denominator=micro.denominator,
+            workspace_bytes=self.args.workspace_bytes,
+            per_token="approx_kl" in self.metrics.means,
+        )
+        for term in terms:
+            metrics["approx_kl"] = approximate_kl(term.logp, micro.old_logp, micro.mask)
+        return loss, metrics
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued, the rewards among it."""

@@ -14,12 +14,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from grpo_fast.config import LossConfig
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.reference import ReferencePolicy
 from grpo_fast.objective import weights
 from grpo_fast.rollout.rollouts import Sampler
 
-from .metrics import Metrics
+from .kl import KLController, KLStop, StepKL, make_controller
+from .metrics import MEANS, Metrics
 from .reporting import CompletionLog
 from .resume import ResumableTrainer
 from .sampler import ShardSampler, WindowSampler, check_dataset
@@ -62,9 +64,28 @@ class RolloutTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         steps, uses = self.args.steps_per_generation, self.args.window_uses
         self.window = Window(self.micro_batch, steps, uses, self.args.device)
-        self.metrics = Metrics(self.args.device)
+        self.metrics = Metrics(self.args.device, self.token_means)
         self.completions = CompletionLog()
         self.stateful.update(window=self.window, metrics=self.metrics, completions=self.completions)
+        self._control_kl()
+
+    @property
+    def token_means(self) -> tuple[str, ...]:
+        """Means over tokens that `loss` returns and that are logged."""
+        return (*MEANS, *(("approx_kl",) if self.args.target_kl is not None else ()))
+
+    def _control_kl(self) -> None:
+        args, stopped = self.args, self.args.target_kl is not None
+        _, start = args.kl_coefficient
+        self.kl: KLController = make_controller(
+            args.kl_controller, start, args.kl_target, args.kl_horizon
+        )
+        self.kl_stop = KLStop(args.target_kl) if stopped else None
+        self.step_kl = StepKL() if stopped or args.kl_controller != "fixed" else None
+        if args.kl_controller != "fixed":
+            self.stateful["kl"] = self.kl
+        if self.kl_stop is not None:
+            self.stateful["kl_stop"] = self.kl_stop
 
     def rollout(
         self,
@@ -132,6 +153,8 @@ class RolloutTrainer(ResumableTrainer):
                 synced = True
                 fresh = self.rollout(examples, self.args.num_generations, self.metrics)
                 self.window.fill(self.prepare(fresh))
+                if self.kl_stop is not None:
+                    self.kl_stop.new_window()
             micro_batches.append(self.window.next())
         denominators = self.denominators(micro_batches)
         pairs = zip(micro_batches, denominators, strict=True)
@@ -169,7 +192,45 @@ class RolloutTrainer(ResumableTrainer):
         """The `loss` stage, its metrics kept on the device."""
         loss, metrics = self.loss(model, inputs)
         self.metrics.add_tokens(metrics)
+        if self.step_kl is not None:
+            self.step_kl.add(metrics, inputs.packed.cu_seqlens.numel() - 1)
         return (loss, metrics) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: MicroBatch, *args: Any, **kwargs: Any) -> Any:
+        """A micro-step; an empty one, of loss 0 and without a gradient, in a stopped window."""
+        if self.kl_stop is not None and self.kl_stop.stopped:
+            return torch.zeros((), device=self.args.device)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def current_loss_config(self) -> LossConfig:
+        """The loss of this step: with the coefficient of a controller that moves beta."""
+        if self.args.kl_controller == "fixed" or self.args.kl_coefficient[0] != "beta":
+            return self.loss_config
+        return replace(self.loss_config, beta=self.kl.coefficient)
+
+    def before_step(self) -> None:
+        """Judge the KL of the coming optimizer step, whose gradients are complete.
+
+        A step that is dropped has no gradient: the optimizer, its moments and its weight decay
+        leave every weight as it is, while the schedule and all counters go on.
+        """
+        sums = None if self.step_kl is None else self.step_kl.take(self.accelerator)
+        if self.kl_stop is not None:
+            tokens = max(sums["tokens"], 1.0) if sums else 1.0
+            if self.kl_stop.judge(sums[self.args.target_kl_to] / tokens if sums else 0.0):
+                self.model.zero_grad(set_to_none=True)
+            self.metrics.add("skipped_steps", self.kl_stop.skipped, "max")
+        if self.args.kl_controller != "fixed":
+            self.learn_kl(sums)
+
+    def learn_kl(self, sums: dict[str, float] | None) -> None:
+        """Tell the controller of the KL to the reference of the coming step, and log what it uses.
+
+        The coefficient that the step was made with is logged; the next one has the new one.
+        """
+        self.metrics.add("kl_coef", self.kl.coefficient)
+        if sums and sums["completions"]:
+            self.kl.update(sums["reference"] / sums["completions"], int(sums["completions"]))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Prompts of this rank; a batch is filled by `num_generations_eval` completions of each."""
@@ -193,7 +254,8 @@ class RolloutTrainer(ResumableTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Sample, score and measure every prompt of this rank's shard; no update."""
-        metrics, groups = Metrics(self.args.device), self.args.num_generations_eval
+        metrics = Metrics(self.args.device, self.token_means)
+        groups = self.args.num_generations_eval
         self.callback_handler.eval_dataloader = dataloader
         self.sampler.sync(self.model)
         with evaluating(self.model):
@@ -214,7 +276,7 @@ class RolloutTrainer(ResumableTrainer):
 
 
 class StepCallback(TrainerCallback):
-    """The epoch's order, the time of a step, and the moving reference."""
+    """The epoch's order, the KL and the time of a step, and the moving reference."""
 
     def __init__(self, trainer: RolloutTrainer) -> None:
         self.trainer = trainer
@@ -222,6 +284,10 @@ class StepCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs) -> None:
         """Set the order: set_epoch does not reach the sampler in all of Accelerate's wrappers."""
         self.trainer.prompt_order.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Look at the step before it is taken."""
+        self.trainer.before_step()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Measure the step, and move the reference before a checkpoint of this step is written."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # the loss's means over tokens, its counts, and extrema as the largest value of sign * metric
 MEANS = ("kl", "entropy", "clip_low", "clip_high", "clip_ratio", "ratio_mean")
+# those that a trainer adds where it takes them
+FURTHER_MEANS = ("approx_kl", "value_loss", "value_clip_ratio")
 COUNTS = ("tokens", "active_rows", "nonfinite_tokens", "clamped_ratios")
 EXTREMA = (("clip_low", -1.0), ("clip_high", 1.0), ("ratio_min", -1.0), ("ratio_max", 1.0))
 
@@ -22,16 +24,21 @@ class Metrics:
     ranks and one transfer to the host; with several ranks also one gather of the host averages.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, means: tuple[str, ...] = MEANS) -> None:
+        self.means = means
         # sums over many tokens outgrow the integers that float32 holds; MPS has nothing wider
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._device = device
         self.reset()
 
+    @property
+    def _sums(self) -> int:
+        return len(self.means) + len(COUNTS) + 1
+
     def reset(self) -> None:
         """Forget everything added so far."""
         self.host: dict[str, list] = {}
-        sums = torch.zeros(len(MEANS) + len(COUNTS) + 1, dtype=self._dtype, device=self._device)
+        sums = torch.zeros(self._sums, dtype=self._dtype, device=self._device)
         extrema = torch.full((len(EXTREMA),), -math.inf, dtype=self._dtype, device=self._device)
         self.device = torch.cat([sums, extrema])
 
@@ -47,7 +54,7 @@ class Metrics:
             zero = metrics["tokens"].new_zeros((), dtype=self._dtype)
             get = {k: v.detach().to(self._dtype) for k, v in metrics.items()}
             tokens = get["tokens"]
-            means = torch.stack([get.get(name, zero) for name in MEANS])
+            means = torch.stack([get.get(name, zero) for name in self.means])
             means = torch.where(tokens > 0, means * tokens, torch.zeros_like(means))
             counts = torch.stack([get.get(name, zero) for name in COUNTS])
             sums = torch.cat([means, counts, torch.ones_like(means[:1])])
@@ -64,14 +71,14 @@ class Metrics:
             from accelerate.utils import gather_object
 
             device, hosts = accelerator.gather(device), gather_object(hosts)
-        size = len(MEANS) + len(COUNTS) + 1
+        size = self._sums
         values = torch.cat([device[:, :size].sum(0), device[:, size:].amax(0)]).tolist()
         merged: dict[str, list] = {}
         for host in hosts:
             for name, entry in host.items():
                 merged[name] = _merge(merged.get(name), entry)
         out = {name: _value(entry) for name, entry in merged.items()}
-        out.update(_token_metrics(values))
+        out.update(_token_metrics(values, self.means))
         return out
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,13 +107,13 @@ def _value(entry: list) -> float:
     return total / count if how == "mean" else total
 
 
-def _token_metrics(values: list[float]) -> dict[str, float]:
-    names = (*MEANS, *COUNTS, "micro_batches")
+def _token_metrics(values: list[float], means: tuple[str, ...]) -> dict[str, float]:
+    names = (*means, *COUNTS, "micro_batches")
     sums = dict(zip(names, values, strict=False))
     if not sums["micro_batches"]:
         return {}
     tokens = max(sums["tokens"], 1.0)
-    out = {f"tokens/{name}": sums[name] / tokens for name in MEANS}
+    out = {f"tokens/{name}": sums[name] / tokens for name in means}
     out.update({f"tokens/{name}": sums[name] for name in COUNTS})
     for (name, sign), value in zip(EXTREMA, values[len(names) :], strict=True):
         suffix = "" if name.startswith("ratio") else ("_max" if sign > 0 else "_min")
@@ -133,6 +140,8 @@ def loss_metrics(
     }
     if kl:
         out["kl"] = values["tokens/kl"]
+    further = [name for name in FURTHER_MEANS if f"tokens/{name}" in values]
+    out.update({name: values[f"tokens/{name}"] for name in further})
     if loss_type == "cispo":
         out["cispo_clip_ratio"] = values["tokens/clip_high"]
     else:

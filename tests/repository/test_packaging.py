@@ -20,6 +20,8 @@ PUBLIC = [
     "Head",
     "LogProbs",
     "LossConfig",
+    "PPOConfig",
+    "PPOTrainer",
     "PRESETS",
     "TokenLosses",
     "TokenTerms",

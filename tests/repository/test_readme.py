@@ -26,7 +26,7 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 # Pages whose every snippet is complete. In those of the adapters some show a change of a script.
 WHOLE = ("README.md", "docs/losses.md", "docs/options.md", "docs/routes.md", "docs/precision.md")
-WHOLE += ("docs/benchmarks.md", "docs/trainer.md", "docs/integrations.md")
+WHOLE += ("docs/benchmarks.md", "docs/trainer.md", "docs/ppo.md", "docs/integrations.md")
 PROSE = ("README.md", "CONTRIBUTING.md", "kernels/README.md")
 PROSE += tuple(f"docs/{path.name}" for path in sorted(DOCS.glob("*.md")))
 FOLDERS = {
@@ -192,15 +192,15 @@ def shortened(code: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("page, number, code", SNIPPETS, ids=[f"{p}-{k}" for p, k, _ in SNIPPETS])
 def test_snippets_run(page, number, code, tmp_path, monkeypatch):
-    if re.search(r"transformers|GRPOTrainer", code):
+    if re.search(r"transformers|POTrainer", code):
         pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    if "GRPOTrainer" in code:
+    if "POTrainer" in code:
         code = shortened(code, tmp_path)
     scope: dict = {}
     exec(compile(code, f"{page}, snippet {number}", "exec"), scope)
     if "trainer" in scope:
-        assert (tmp_path / "runs" / "readme" / "metrics.jsonl").is_file()
+        assert (tmp_path / scope["args"].output_dir / "metrics.jsonl").is_file()
         assert scope["trainer"].state.global_step == 2
         return
     assert scope["loss"].isfinite() and scope["loss"].item() != 0

@@ -153,7 +153,9 @@ class _Record(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         named = self.run.model.named_parameters()
-        self.run.steps[-1]["gradients"] = {n: p.grad.clone() for n, p in named if p.requires_grad}
+        # a step that is dropped has none
+        gradients = {n: p.grad.clone() for n, p in named if p.grad is not None}
+        self.run.steps[-1]["gradients"] = gradients
 
 
 def config(output_dir: Any, **overrides: Any) -> GRPOConfig:
