@@ -58,7 +58,7 @@ def add_active(
             return
         if keep.numel() < active.numel():
             if isinstance(place, slice):
-                place = torch.arange(place.start, place.stop)
+                place = torch.arange(place.start, place.stop, device=dlogits.device)
             hidden, dlogits, place = hidden[keep], compact(dlogits, keep), place[keep]
     grads.add(hidden, dlogits, place)
 

@@ -208,7 +208,8 @@ def check_head(model: nn.Module, head: Head, *, run_backbone: bool = True) -> No
         parts = {"weight": head.weight, "bias": head.bias}
         whole = {n: t.full_tensor() for n, t in parts.items() if hasattr(t, "full_tensor")}
         head = replace(head, **whole)
-        noise = torch.randn(1, count, width, generator=torch.Generator().manual_seed(0))
+        own = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn(1, count, width, generator=own, device="cpu")
         noise = noise.to(head.weight)
         plain = (noise[0] @ head.weight.T).float() * head.logit_scale
         loud = noise * (10.0 / plain.std().clamp(min=1e-6)).to(noise)
