@@ -12,7 +12,6 @@ from allocations import Allocations
 
 from grpo_fast import LossConfig, linear_logprob, linear_policy_loss
 from grpo_fast.engine import chunks
-from grpo_fast.engine import chunks
 from grpo_fast.engine.chunks import FIXED_BYTES, release_workspace
 
 MIB = 1 << 20
