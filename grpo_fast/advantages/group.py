@@ -22,7 +22,9 @@ def scorable(rewards: Tensor) -> tuple[Tensor, Tensor]:
         )
     if torch.isinf(rewards).any():
         raise ValueError("rewards must be finite or NaN (unscorable), got an infinite value.")
-    return rewards.double(), ~torch.isnan(rewards)
+    # MPS has nothing wider than fp32
+    wide = rewards.float() if rewards.device.type == "mps" else rewards.double()
+    return wide, ~torch.isnan(rewards)
 
 
 def width(rewards: Tensor) -> torch.dtype:
