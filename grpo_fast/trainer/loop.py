@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.reference import ReferencePolicy
 from grpo_fast.objective import weights
+from grpo_fast.rewards.containment import generators_kept
 from grpo_fast.rollout.rollouts import Sampler
 
 from .metrics import Metrics
@@ -192,11 +193,12 @@ class RolloutTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Sample, score and measure every prompt of this rank's shard; no update."""
+        """Sample, score and measure every prompt of this rank's shard; no update, and training's
+        random numbers go on as if nothing had been drawn."""
         metrics, groups = Metrics(self.args.device), self.args.num_generations_eval
         self.callback_handler.eval_dataloader = dataloader
         self.sampler.sync(self.model)
-        with evaluating(self.model):
+        with generators_kept(), evaluating(self.model):
             for drawn in dataloader:
                 examples = [example for example in drawn for _ in range(groups)]
                 fresh = self.rollout(examples, groups, metrics, evaluate=True)
