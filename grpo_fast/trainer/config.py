@@ -52,9 +52,9 @@ class GRPOConfig(TrainingArguments):
     Defaults of `TrainingArguments` that differ here: learning_rate 1e-6, logging_steps 10,
     remove_unused_columns False (reward functions get every column), logging_nan_inf_filter False
     (it hides a NaN loss and costs a host sync for each micro-batch), dataloader_pin_memory False
-    (the loader yields rows of the dataset, no tensors), metric_for_best_model "reward", bf16 True where CUDA supports it and
-    neither `bf16` nor `fp16` was given (False on CPU and MPS). Model strings load in float32 unless
-    `model_init_kwargs` says otherwise.
+    (the loader yields rows of the dataset, no tensors), metric_for_best_model "reward", bf16 True
+    where CUDA supports it and neither `bf16` nor `fp16` was given (False on CPU and MPS). Model
+    strings load in float32 unless `model_init_kwargs` says otherwise.
 
     Raises:
         ValueError: for any value out of range, before anything is loaded.
@@ -203,8 +203,7 @@ class GRPOConfig(TrainingArguments):
         if self.bf16 is None:
             cuda = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
-        plateau = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
-        judged = self.load_best_model_at_end or plateau == "reduce_lr_on_plateau"
+        judged = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
         if judged and self.metric_for_best_model is None:
             # a policy loss says nothing about the policy: it is 0 at every on-policy step
             self.metric_for_best_model = "reward"
