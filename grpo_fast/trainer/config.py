@@ -16,6 +16,8 @@ from grpo_fast.presets import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS
 from grpo_fast.rewards.checks import check_limit
 from grpo_fast.rewards.combination import check_aggregation
 
+from .inherited import check_inherited
+
 _SCALES = {True: "group", False: "none", "True": "group", "False": "none"}
 # (option, keyword of `reward_weights`)
 _WEIGHTING = (
@@ -219,7 +221,7 @@ class GRPOConfig(TrainingArguments):
         self._check_rewards()
         self._check_advantages()
         self._check_batches()
-        self._check_trainer()
+        check_inherited(self)
 
     def loss_config(self) -> LossConfig:
         """The loss these arguments describe; `LossConfig` owns its defaults and its checks."""
@@ -375,26 +377,4 @@ class GRPOConfig(TrainingArguments):
                 f"{self.generation_batch_size} completions (per_device_train_batch_size "
                 f"{self.per_device_train_batch_size} x ranks {self.world_size} x "
                 f"steps_per_generation {self.steps_per_generation})."
-            )
-
-    def _check_trainer(self) -> None:
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns must be False: it would drop the prompt and reward columns."
-            )
-        if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size must be False: it would change the groups.")
-        if getattr(self, "enable_jit_checkpoint", False):
-            raise ValueError(
-                "enable_jit_checkpoint must be False: it saves within a step, when the rollouts of "
-                "the next one are already drawn."
-            )
-        if not self.use_liger_kernel:
-            return
-        # Liger's layers are welcome, its forward would take the place of the one with our head
-        name = "fused_linear_cross_entropy"
-        self.liger_kernel_config = {name: False, **(self.liger_kernel_config or {})}
-        if self.liger_kernel_config[name]:
-            raise ValueError(
-                f"liger_kernel_config: {name} must be False: it would replace the head."
             )

@@ -53,6 +53,13 @@ def lora():
         ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be an integer >= 1"),
         ({"generation_kwargs": {"temperature": 2}}, "generation_kwargs: temperature belong"),
         ({"generation_kwargs": "[1]"}, "generation_kwargs must be a dict or a JSON object"),
+        (
+            {"generation_kwargs": {"topk": 1}},
+            "generation_kwargs: expected fields of .*, got 'topk'; did you mean 'top_k'",
+        ),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0, .* entropy_coef"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: expected None, got 5.0"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy: .* shuffle_dataset"),
         ({"workspace_bytes": 0}, "workspace_bytes must be an integer >= 1"),
         ({"num_completions_to_print": 0}, "num_completions_to_print must be an integer >= 1"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),

@@ -1,0 +1,72 @@
+"""Fields of `TrainingArguments` that would change what GRPO computes, or do nothing here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
+
+from grpo_fast.checks import fail, nearest
+
+if TYPE_CHECKING:
+    from .config import GRPOConfig
+
+# field -> the values it may have, and what to use instead
+_WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": (
+        (0, None),
+        "a policy loss has no labels; entropy_coef keeps a policy from collapsing",
+    ),
+    "neftune_noise_alpha": (
+        (None,),
+        "noise on the embeddings would make another policy of the one that sampled",
+    ),
+    "train_sampling_strategy": (
+        ("random",),
+        "the order of prompts is that of shuffle_dataset",
+    ),
+    # the name before transformers 5
+    "group_by_length": ((False, None), "the order of prompts is that of shuffle_dataset"),
+}
+
+
+def check_inherited(args: GRPOConfig) -> None:
+    """Refuse what would change the groups, replace the head, or have no effect.
+
+    Raises:
+        ValueError: naming the field, and what to use instead.
+    """
+    for name, (allowed, instead) in _WITHOUT_EFFECT.items():
+        value = getattr(args, name, allowed[0])
+        if value not in allowed:
+            fail(name, repr(allowed[0]), repr(value), instead)
+    if args.remove_unused_columns:
+        raise ValueError(
+            "remove_unused_columns must be False: it would drop the prompt and reward columns."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError("auto_find_batch_size must be False: it would change the groups.")
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise ValueError(
+            "enable_jit_checkpoint must be False: it saves within a step, when the rollouts of "
+            "the next one are already drawn."
+        )
+    _check_generation(args.generation_kwargs or {})
+    if not args.use_liger_kernel:
+        return
+    # Liger's layers are welcome, its forward would take the place of the one with our head
+    name = "fused_linear_cross_entropy"
+    args.liger_kernel_config = {name: False, **(args.liger_kernel_config or {})}
+    if args.liger_kernel_config[name]:
+        raise ValueError(f"liger_kernel_config: {name} must be False: it would replace the head.")
+
+
+def _check_generation(given: dict[str, Any]) -> None:
+    """GenerationConfig keeps a field that it does not know, and `generate` never reads it."""
+    known = sorted(name for name in GenerationConfig().to_dict() if not name.startswith("_"))
+    for name in given:
+        if name not in known:
+            # without the list of all 60
+            hint = nearest(name, known)
+            hint = hint.split("? ")[0] + "?" if hint.startswith("did you mean") else ""
+            fail("generation_kwargs", "fields of GenerationConfig", repr(name), hint)
