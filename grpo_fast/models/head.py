@@ -92,7 +92,9 @@ def backbone(model: nn.Module) -> nn.Module:
             f"model: {type(lm).__name__} has no backbone of its own: expected a submodule named "
             f"by base_model_prefix, got {lm.base_model_prefix!r}"
         )
-    return body
+    # OPT, BART and their relatives go past it, to the decoder inside
+    inner = getattr(body, "decoder", None)
+    return inner if isinstance(inner, PreTrainedModel) else body
 
 
 def find_head(model: nn.Module, *, partitioned: bool = False) -> Head:
@@ -118,7 +120,17 @@ def find_head(model: nn.Module, *, partitioned: bool = False) -> Head:
         module, lora = _adapted(lm, module)
     # a DTensor stays one: the `linear_*` functions gather it and average its gradient, while that
     # of full_tensor() is each rank's own
-    weight, bias = module.weight, getattr(module, "bias", None)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            "model: expected an unquantized (V, H) lm_head weight, got none on the "
+            f"{type(module).__name__} {_name_of(lm, module)}"
+        )
+    if weight.is_meta:
+        raise ValueError(
+            "model: expected an lm_head that holds its numbers, got one that is offloaded or was "
+            f"never loaded (device meta) on {_name_of(lm, module)}"
+        )
     if hasattr(weight, "ds_id") and not partitioned:
         raise ValueError("model: DeepSpeed ZeRO-3 partitions lm_head; use FSDP or ZeRO-2")
     shape = getattr(weight, "ds_shape", weight.shape)
@@ -216,6 +228,11 @@ def check_head(model: nn.Module, head: Head, *, run_backbone: bool = True) -> No
         for hidden in (None, loud) if run_backbone else (loud,):
             with _hidden_states(lm, hidden, run_backbone) as seen:
                 logits = lm(input_ids=tokens, use_cache=False).logits[0].float()
+            if not seen:
+                raise ValueError(
+                    f"model: expected one whose forward calls its {type(backbone(lm)).__name__}, "
+                    f"got {type(lm).__name__}, which goes past it"
+                )
             _compare(lm, head, seen.pop()[0], logits, targets)
 
 
@@ -264,6 +281,10 @@ def _compare(lm: PreTrainedModel, head: Head, hidden: Tensor, logits: Tensor, id
             f"model: the head of {type(lm).__name__} has {head.weight.shape[0]} rows, but its "
             f"logits have shape {tuple(logits.shape)}"
         )
+    if logits.isnan().any():
+        broken = [n for n, p in lm.named_parameters() if not p.is_meta and p.isnan().any()]
+        got = f"NaN in {', '.join(broken[:3])}" if broken else "NaN logits of finite weights"
+        raise ValueError(f"model: expected weights that give finite logits, got {got}")
     ours = linear_logprob(hidden, head, ids).logp
     theirs = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
     error = (ours - theirs).abs().max().item()

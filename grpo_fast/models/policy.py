@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from .head import TRANSFORM, backbone, check_head, find_head, innermost
+from .rope import check_positions
 
 _MARK = "_grpo_fast_previous"
 
@@ -135,6 +136,7 @@ def _through_head(
             raise ValueError(f"{name}: has no meaning together with head_fn, got it anyway")
     if given.setdefault("use_cache", False):
         raise ValueError("use_cache: a cache switches packed attention off; expected False or None")
+    check_positions(lm, given.get("position_ids"))
     hidden = backbone(lm)(*args, **given)[0]
     head = find_head(lm)
     return head_fn(hidden.to(head.weight.dtype), head)
