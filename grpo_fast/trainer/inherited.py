@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
-from grpo_fast.checks import fail, nearest
+from grpo_fast.checks import fail, is_number, nearest
 
 if TYPE_CHECKING:
     from .config import GRPOConfig
@@ -40,6 +40,10 @@ def check_inherited(args: GRPOConfig) -> None:
         value = getattr(args, name, allowed[0])
         if value not in allowed:
             fail(name, repr(allowed[0]), repr(value), instead)
+    for name in ("learning_rate", "weight_decay", "adam_epsilon"):
+        value = getattr(args, name)
+        if not is_number(value) or not 0 <= value < float("inf"):
+            fail(name, "a finite number >= 0", repr(value))
     if args.remove_unused_columns:
         raise ValueError(
             "remove_unused_columns must be False: it would drop the prompt and reward columns."
