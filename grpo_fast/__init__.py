@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -12,18 +12,22 @@ __version__ = "0.1.0"
 if not (Path(__file__).resolve().parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 
-# `engine.compiled` is there for what torch.compile finds in its table.
-from .config import LossConfig
-from .engine import compiled  # noqa: F401
-from .engine.chunks import release_workspace
-from .engine.head import Head
-from .engine.logprob import LogProbs, linear_logprob, logprob
-from .loss.linear import linear_policy_loss
-from .loss.logits import policy_loss
-from .objective.terms import TokenTerms
-from .objective.token_losses import TokenLosses, token_losses
-from .objective.weights import count as denominator_count
-from .presets import PRESETS
+if TYPE_CHECKING:
+    from .config import LossConfig
+    from .engine.chunks import release_workspace
+    from .engine.head import Head
+    from .engine.logprob import LogProbs, linear_logprob, logprob
+    from .loss.linear import linear_policy_loss
+    from .loss.logits import policy_loss
+    from .models.policy import attach
+    from .objective.terms import TokenTerms
+    from .objective.token_losses import TokenLosses, token_losses
+    from .objective.weights import count as denominator_count
+    from .presets import PRESETS
+    from .trainer.config import GRPOConfig
+    from .trainer.grpo import GRPOTrainer
+    from .trainer.ppo import PPOTrainer
+    from .trainer.ppo_config import PPOConfig
 
 __all__ = [
     "GRPOConfig",
@@ -47,22 +51,37 @@ __all__ = [
     "token_losses",
 ]
 
-# These need transformers, which takes seconds to import and is an optional extra.
-_LAZY = {
+# Imported on first use: torch takes seconds of CPU, transformers as many again, and the command
+# line answers --help without either. `.models` and `.trainer` are an optional extra.
+_HOME = {
     "GRPOConfig": "trainer.config",
     "GRPOTrainer": "trainer.grpo",
+    "Head": "engine.head",
+    "LogProbs": "engine.logprob",
+    "LossConfig": "config",
     "PPOConfig": "trainer.ppo_config",
     "PPOTrainer": "trainer.ppo",
+    "PRESETS": "presets",
+    "TokenLosses": "objective.token_losses",
+    "TokenTerms": "objective.terms",
     "attach": "models.policy",
+    "denominator_count": "objective.weights",
+    "linear_logprob": "engine.logprob",
+    "linear_policy_loss": "loss.linear",
+    "logprob": "engine.logprob",
+    "policy_loss": "loss.logits",
+    "release_workspace": "engine.chunks",
+    "token_losses": "objective.token_losses",
 }
+_OWN_NAME = {"denominator_count": "count"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a name of `_LAZY` on first use."""
-    if name not in _LAZY:
+    """Imports a name of `_HOME` on first use."""
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value
+    home = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    value = globals()[name] = getattr(home, _OWN_NAME.get(name, name))
     return value
 
 

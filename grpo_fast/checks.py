@@ -82,6 +82,11 @@ def check_head(
     check_transform(softcap, logit_scale)
 
 
+def wide(like: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64: what losses, statistics and gradients are computed in."""
+    return torch.promote_types(like.dtype, torch.float32)
+
+
 def is_number(value: object) -> bool:
     """An int or float, not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -139,8 +144,11 @@ def check_reference(
         fail("ref_weight", f"None or a tensor ({weight.shape[0]}, H')", describe(head))
     check_tensor("ref_weight", head, (weight.shape[0], head.shape[1]), hidden.device)
     check_tensor("ref_hidden", ref_hidden, (*hidden.shape[:-1], head.shape[1]), hidden.device)
-    if ref_hidden.dtype not in FLOATS or ref_hidden.dtype != head.dtype:
-        fail("ref_hidden", f"the dtype of its weight, {head.dtype}", ref_hidden.dtype)
+    # as of hidden and weight
+    mixed = torch.is_autocast_enabled(hidden.device.type) and head.dtype in FLOATS
+    if ref_hidden.dtype not in FLOATS or (ref_hidden.dtype != head.dtype and not mixed):
+        expected = f"the dtype of its weight, {head.dtype} (or an autocast region)"
+        fail("ref_hidden", expected, ref_hidden.dtype)
 
 
 def check_shapes(

@@ -87,7 +87,8 @@ class LossConfig:
     for gmpo and dppo the counterpart of epsilon."""
     delta: float | None = None
     """Cap of the unclipped ratio, above 1 + epsilon_high: two-sided clipping (INTELLECT-2, 2025),
-    which is PPO's dual clip. None: no cap, but 3 for ppo and 20 for dppo."""
+    which is PPO's dual clip. None: no cap, but 3 for ppo (or 1 + epsilon_high, if that is more) and
+    20 for dppo."""
     beta: float = 0.0
     """Coefficient of the KL penalty against the reference policy."""
     kl_estimator: str = "k3"
@@ -166,7 +167,7 @@ class LossConfig:
             hint = nearest(self.loss_type, list(PRESETS))
             fail("loss_type", "a known loss type", repr(self.loss_type), hint)
         for name, known in (
-            ("importance_sampling_level", LEVELS),
+            ("importance_sampling_level", tuple(LEVELS)),
             ("aggregation", tuple(AGGREGATIONS)),
             ("kl_estimator", KL_ESTIMATORS),
             ("kl_gradient", KL_ESTIMATORS),
@@ -188,8 +189,7 @@ class LossConfig:
         if "ratio_cap" not in self.objective.parameters:
             bounded = "already bounds the ratio" if bounded else "has no such cap"
             fail("delta", f"None: {self.loss_type} {bounded}", repr(self.delta))
-        least = self.ratio_high if bounded else 0.0
-        _check_number("delta", self.delta, least, above=True)
+        _check_number("delta", self.delta, self._least_cap, above=True)
 
     def _check_owned(self) -> None:
         for f in fields(self):
@@ -273,8 +273,13 @@ class LossConfig:
 
     @property
     def ratio_cap(self) -> float:
-        """`delta`, or the cap of the preset."""
-        return self.preset.cap if self.delta is None else float(self.delta)
+        """`delta`, or the cap of the preset, at least 1 + epsilon_high: it is for A < 0 alone."""
+        return max(self.preset.cap, self._least_cap) if self.delta is None else float(self.delta)
+
+    @property
+    def _least_cap(self) -> float:
+        """The cap has to be above this."""
+        return self.ratio_high if self.objective.bounds is not None else 0.0
 
     @property
     def parameters(self) -> tuple[float, float, float, float]:

@@ -22,7 +22,7 @@ class Preset:
     """True when the denominator spans the accumulation window and all ranks, not one
     micro-batch."""
     advantage: str
-    """How its paper makes advantages of rewards: a function of `advantages.py`, or "given"."""
+    """How its paper makes advantages of rewards: a row of `advantages.ADVANTAGES`, or "given"."""
     source: str
     """The paper the variant comes from (title, year), or who named it."""
     cap: float = math.inf

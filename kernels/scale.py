@@ -68,7 +68,7 @@ def scale(x: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
     is x. The host waits for nothing.
 
     Args:
-        x: fp32, fp16 or bf16, contiguous of any shape, or (B, T, V) with stride 1 over V.
+        x: fp32, fp16 or bf16, contiguous of any shape, or (B, T, V) or (N, V) with stride 1 over V.
         factor: 0-d floating tensor on the device of x.
         out: shaped like x, x itself or memory of its own, of any of these types.
     """
@@ -78,6 +78,8 @@ def scale(x: torch.Tensor, factor: torch.Tensor, out: torch.Tensor) -> None:
         x, out = x.view(1, 1, -1), out.view(1, 1, -1)
         aligned = x.data_ptr() % 16 == out.data_ptr() % 16 == 0
     else:
+        if x.dim() == 2:
+            x, out = x[None], out[None]
         aligned = is_aligned(x) and is_aligned(out)
     B, T, V = x.shape
     assert V == 1 or x.stride(2) == out.stride(2) == 1

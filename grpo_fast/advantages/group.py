@@ -12,13 +12,23 @@ SCALES = ("group", "batch", "none")
 
 
 def scorable(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """The rewards in float32 or float64, and which of them are scorable."""
+    """The rewards in float64, and which of them are scorable.
+
+    In float32 the sum of 32 rewards near 1e6 has no ones any more, and an offset that says nothing
+    becomes an advantage.
+    """
     if rewards.dim() != 2 or not rewards.is_floating_point():
         fail("rewards", "floating-point tensor (P, G)", describe(rewards))
     if torch.isinf(rewards).any():
         fail("rewards", "finite numbers or NaN (unscorable)", "an infinite one")
-    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
-    return rewards, ~torch.isnan(rewards)
+    # MPS has nothing wider than fp32
+    wide = rewards.float() if rewards.device.type == "mps" else rewards.double()
+    return wide, ~torch.isnan(rewards)
+
+
+def width(rewards: Tensor) -> torch.dtype:
+    """What is made of rewards has this type: float32, or float64 for float64 rewards."""
+    return torch.promote_types(rewards.dtype, torch.float32)
 
 
 def extremes(rewards: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,14 +83,14 @@ def group_advantages(
     """
     if scale not in SCALES:
         fail("scale", "a known scale", repr(scale), nearest(scale, SCALES))
-    rewards, valid = scorable(rewards)
+    given, (rewards, valid) = rewards, scorable(rewards)
     mean, std = _moments(rewards, valid, population)
     if scale == "batch":
         _, std = _moments(rewards.reshape(1, -1), valid.reshape(1, -1), population)
     advantage = rewards - mean
     if scale != "none":
         advantage = advantage / (std + eps)
-    return telling(advantage, rewards, valid)
+    return telling(advantage, rewards, valid).to(width(given))
 
 
 def centered_advantages(rewards: Tensor) -> Tensor:
@@ -121,8 +131,8 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
     Raises:
         ValueError: rewards not (P, G) floating point, an infinite reward.
     """
-    rewards, valid = scorable(rewards)
+    given, (rewards, valid) = rewards, scorable(rewards)
     count = valid.sum(-1, keepdim=True).to(rewards.dtype)
     mean, _ = _moments(rewards, valid, population=True)
     advantage = (rewards - mean) * (count / (count - 1).clamp(min=1))
-    return telling(advantage, rewards, valid)
+    return telling(advantage, rewards, valid).to(width(given))

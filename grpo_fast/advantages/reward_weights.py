@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo_fast.checks import fail, nearest
 
-from .group import extremes, scorable, telling
+from .group import extremes, scorable, telling, width
 
 SCHEMES = ("linear", "softmax", "rank", "rejection")
 
@@ -82,12 +82,12 @@ def reward_weights(
             number out of range or without use for the scheme.
     """
     check_weighting(scheme, temperature, keep)
-    rewards, valid = scorable(rewards)
+    given, (rewards, valid) = rewards, scorable(rewards)
     lowest, highest = extremes(rewards, valid)
     if scheme == "linear":
         share = (rewards - lowest) / (highest - lowest)
     elif scheme == "softmax":
-        # selected, because a tiny temperature is 0 in float32, and 0 / 0 is NaN
+        # selected, because 0 / a tiny temperature must not be NaN
         share = torch.where(
             rewards == highest,
             torch.ones_like(rewards),
@@ -103,7 +103,8 @@ def reward_weights(
     share = telling(share, rewards, valid)
     # 0 / 1 in a group that says nothing; above 0 in every other
     total = share.sum(-1, keepdim=True)
-    return rewards.shape[1] * share / torch.where(total > 0, total, torch.ones_like(total))
+    share = share / torch.where(total > 0, total, torch.ones_like(total))
+    return (rewards.shape[1] * share).to(width(given))
 
 
 def _best(rewards: Tensor, valid: Tensor, keep: int) -> Tensor:

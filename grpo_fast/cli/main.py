@@ -5,15 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from grpo_fast import __version__
 
+from .names import check_names
 from .train import train
-
-if TYPE_CHECKING:
-
-    pass
 
 DEBUG = "GRPO_FAST_DEBUG"
 _DESCRIPTION = """\
@@ -101,6 +97,7 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
+    check_names(argv)
     try:
         from .options import parse
     except ImportError as error:

@@ -146,6 +146,19 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         return f"{', '.join(names)} {kinds.get(action.nargs, metavar)}"
 
 
+class _Loader(yaml.SafeLoader):
+    """A key that is there twice is an error; YAML's own reader takes the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, of keys that are all different."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for place, key in enumerate(keys):
+            if key in keys[:place]:
+                line = node.value[place][0].start_mark.line + 1
+                raise yaml.YAMLError(f"{key!r} is there twice, the second time in line {line}")
+        return super().construct_mapping(node, deep)
+
+
 class TrainParser(HfArgumentParser):
     """The options of `ScriptArguments` and `GRPOConfig`; bad ones are `ValueError`s."""
 
@@ -219,10 +232,12 @@ class TrainParser(HfArgumentParser):
         if not Path(path).is_file():
             fail("--config", "a file", repr(path))
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"--config {path}: not readable as YAML: {error}") from error
-        content = {} if content is None else content
+        if content is None:
+            # without any option the demo would start
+            raise ValueError(f"--config {path}: expected `name: value` lines, got an empty file.")
         if not isinstance(content, dict):
             raise ValueError(f"--config {path}: expected `name: value` lines, got {content!r}.")
         actions = {action.dest: action for action in self._actions if action.dest in self.names}
@@ -288,8 +303,10 @@ def parse(argv: list[str]) -> tuple[ScriptArguments, dict[str, Any]] | None:
     config = given.pop("config", None)
     values = {**(parser.from_yaml(config) if config else {}), **given}
     # Trainer takes True for the newest checkpoint in output_dir
-    if values.get("resume_from_checkpoint") == "latest":
+    if values.get("resume_from_checkpoint") in ("latest", "True", "true"):
         values["resume_from_checkpoint"] = True
+    elif values.get("resume_from_checkpoint") in ("False", "false"):
+        del values["resume_from_checkpoint"]
     names = {f.name for f in dataclasses.fields(ScriptArguments)}
     script = ScriptArguments(**{key: value for key, value in values.items() if key in names})
     return script, {key: value for key, value in values.items() if key not in names}

@@ -4,6 +4,7 @@ here."""
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -77,7 +78,22 @@ def no_autocast(device: torch.device) -> Iterator[None]:
         yield
 
 
-_KEPT = threading.local()
+class _Kept(threading.local):
+    """The buffers of a thread, by device and stream."""
+
+    def __init__(self) -> None:
+        self.buffers = _Buffers()
+        _THREADS.add(self.buffers)
+
+
+class _Buffers:
+    def __init__(self) -> None:
+        self.kept: dict[tuple[torch.device, int], Tensor] = {}
+
+
+# those of every living thread, so that any thread can give all of them back
+_THREADS: weakref.WeakSet[_Buffers] = weakref.WeakSet()
+_KEPT = _Kept()
 
 
 def workspace(like: Tensor, n_bytes: int, limit: int) -> Tensor:
@@ -92,7 +108,7 @@ def workspace(like: Tensor, n_bytes: int, limit: int) -> Tensor:
     if capturing or type(like) not in (Tensor, torch.nn.Parameter):
         return torch.empty(n_bytes, dtype=torch.uint8, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream if like.is_cuda else 0
-    kept = _KEPT.__dict__.setdefault("buffers", {})
+    kept = _KEPT.buffers.kept
     buffer = kept.get((device, stream))
     if buffer is None or not n_bytes <= buffer.numel() <= max(limit, n_bytes):
         kept.pop((device, stream), None)
@@ -104,8 +120,12 @@ def workspace(like: Tensor, n_bytes: int, limit: int) -> Tensor:
 
 
 def release_workspace() -> None:
-    """Give back the memory that this thread's calls keep for the next ones."""
-    _KEPT.__dict__.pop("buffers", None)
+    """Give back the memory that calls keep for the next ones, those of other threads too.
+
+    A call that is under way in another thread keeps its own until it returns.
+    """
+    for buffers in list(_THREADS):
+        buffers.kept.clear()
 
 
 class Lora(NamedTuple):

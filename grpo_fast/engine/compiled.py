@@ -1,5 +1,4 @@
-"""The log-prob functions as torch.compile sees them: rows of `opaque.TABLE`. A backward is a row
-too, and not traced either."""
+"""The log-prob functions as torch.compile sees them: rows of `opaque.TABLE`, backwards too."""
 
 from __future__ import annotations
 
@@ -8,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_fast.checks import check_shapes
+from grpo_fast.checks import check_shapes, wide
 
 from . import logprob, opaque
 from .chunks import Needs
 from .head import LEAVES, Head
-from .opaque import Function, Given, wide
+from .opaque import Function, Given
 
 UPSTREAM = ("dlogp", "dentropy", "dlse")
 RESULTS = ("stats", "row_ids", "row_mask", "slope", "inverse")
@@ -37,8 +36,8 @@ def _forward(given: Given) -> list[Tensor]:
         needs = Needs(*given.wanted)
         stats, slope = logprob.linear_forward(checked.tensors, checked.rows, checked.options, needs)
     rows, inverse = checked.rows, checked.options["inv_temperature"]
-    kept = (slope, inverse if "temperature" in t else None)
-    kept = [stats.new_empty(0) if k is None else k for k in kept]
+    optional = (slope, inverse if "temperature" in t else None)
+    kept = [stats.new_empty(0) if k is None else k for k in optional]
     return [*logprob.named(stats), stats, rows.ids, rows.mask, *kept]
 
 

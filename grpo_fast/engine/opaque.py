@@ -17,6 +17,7 @@ from torch.types import Number
 
 NUMBERS = ("lora_scale", "softcap", "logit_scale", "temperature", "entropy_threshold")
 NUMBERS = (*NUMBERS, "denominator", "max_rows", "workspace_bytes")
+PLAIN = ("lora_scale", "softcap", "logit_scale", "max_rows", "workspace_bytes")
 _SCHEMA = (
     "(Tensor[] tensors, str function, str names, str text, bool[] wanted, ScalarType? autocast, "
     "float? lora_scale, float? softcap, float? logit_scale, float? temperature, "
@@ -64,11 +65,15 @@ TABLE: dict[str, Function] = {}
 
 def call(function: str, arguments: dict, text: str = "", autocast=None) -> list[Tensor]:
     """The op, as a public function calls it while it is traced; the first argument is a tensor."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and name in PLAIN:
+            refuse(name, "a number", "a tensor")
+        if value is not None and not isinstance(value, Tensor) and name not in NUMBERS:
+            refuse(name, "a tensor", type(value).__name__)
     here = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     numbers = [None if name in here else arguments.get(name) for name in NUMBERS]
-    enabled = torch.is_grad_enabled()
-    leaves = TABLE[function].leaves
-    wanted = [enabled and name in here and here[name].requires_grad for name in leaves]
+    asked = TABLE[function].leaves if torch.is_grad_enabled() else ()
+    wanted = [n in asked and n in here and here[n].requires_grad for n in TABLE[function].leaves]
     kind = next(iter(here.values())).device.type
     if torch.is_autocast_enabled(kind):
         autocast = torch.get_autocast_dtype(kind)
@@ -126,8 +131,3 @@ def _backward(ctx, upstream):
 
 
 _opaque.register_autograd(_backward, setup_context=_setup)
-
-
-def wide(like: Tensor) -> torch.dtype:
-    """fp32, or fp64: what losses and gradients of an input are computed in."""
-    return torch.promote_types(like.dtype, torch.float32)

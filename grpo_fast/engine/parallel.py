@@ -268,7 +268,8 @@ def _agreed(owner, group, hidden, weight, bias, workspace_bytes, replicated) -> 
     """
     known = _AGREED.setdefault(owner, {})
     given = (hidden, weight, bias, workspace_bytes, *replicated.values())
-    key = (id(group), group.group_name, torch.is_grad_enabled(), *map(_kind, given))
+    where = (id(group), group.group_name, weight.storage_offset())
+    key = (*where, torch.is_grad_enabled(), *map(_kind, given))
     if key not in known:
         shard = _agree(group, hidden, weight, bias, workspace_bytes, replicated)
         if len(known) >= MOST_AGREED:

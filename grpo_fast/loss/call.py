@@ -53,6 +53,25 @@ def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...]:
     return tuple(enabled and t is not None and t.requires_grad for t in tensors)
 
 
+def recomputed() -> bool:
+    """Whether torch.utils.checkpoint(use_reentrant=False) runs this call a second time, in backward
+    and for its saved tensors alone: what a call adds up by itself was added the first time.
+
+    Raises:
+        ValueError: this is a backward, and other saved-tensor hooks hide whose.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    # a reentrant checkpoint comes here for the first time: its forward ran without gradients
+    if hooks is None:
+        return False
+    if hooks[0].__qualname__.startswith("_recomputation_hook."):
+        return True
+    expected = "None where saved-tensor hooks are set inside of a checkpointed function"
+    fail("main_grad", expected, "a tensor")
+
+
 def check_main_grad(execution: Execution, weight: Tensor, gathered: bool) -> None:
     """fp32 (V, H), contiguous, for a weight that is trained and whole (or a shard) here."""
     main_grad, grad_scale = execution.main_grad, execution.grad_scale

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_fast.checks import check_shapes
+from grpo_fast.checks import check_shapes, wide
 from grpo_fast.config import LossConfig
 from grpo_fast.engine import opaque
 from grpo_fast.engine.chunks import Needs
 from grpo_fast.engine.head import LEAVES, Head
-from grpo_fast.engine.opaque import Given, wide
+from grpo_fast.engine.opaque import Given
 from grpo_fast.objective.tokens import Tokens, Totals
 
 from . import metrics
@@ -23,18 +23,18 @@ _TOKENS, _TOTALS = tuple(Tokens.__dataclass_fields__), tuple(Totals.__dataclass_
 
 
 def traced(name: str, call: Call, **refused: tuple[object, object]) -> tuple[Tensor, dict]:
-    """A loss as torch.compile traces it.
-
-    Args:
-        name: key of `opaque.TABLE`.
-        refused: options that it cannot have: (their value, the default that is expected).
-    """
+    """A loss, a key of `opaque.TABLE`, as torch.compile traces it. refused: options that it cannot
+    have, each with its value and the default that is expected."""
     run, tokens = call.execution, call.tokens
     tensor = None if run.main_grad is None else "a tensor"
+    number = None if isinstance(tokens.temperature, Tensor) else tokens.temperature
     refused |= {"main_grad": (tensor, None), "grad_scale": (run.grad_scale, 1.0)}
+    refused["temperature"] = (number, None)
     for option, (value, default) in refused.items():
         if value != default:
             opaque.refuse(option, str(default), value)
+    if not isinstance(run.skip_inactive_forward, bool):
+        opaque.refuse("skip_inactive_forward", "True or False", run.skip_inactive_forward)
     head = {} if call.head is None else {**call.head.traced(), **call.head.numbers}
     arguments = {
         "logits" if call.head is None else "hidden": call.source,
@@ -115,5 +115,5 @@ def _scaled(given: Given, upstream: Sequence[Tensor | None]) -> list[Tensor]:
 
 _GRADIENTS = ("scale", *(f"gradient_{place}" for place in range(len(LEAVES))))
 for _name, _leaves in (("linear_policy_loss", LEAVES), ("policy_loss", ("logits",))):
-    results = ("numbers", "counts", *_GRADIENTS)
-    opaque.TABLE[_name] = opaque.Function(_run, _fake, _leaves, 1, results, _GRADIENTS, _scaled)
+    kept = ("numbers", "counts", *_GRADIENTS), _GRADIENTS
+    opaque.TABLE[_name] = opaque.Function(_run, _fake, _leaves, 1, *kept, _scaled)

@@ -24,7 +24,7 @@ from grpo_fast.plan.route import Facts, Plan, choose
 
 from . import compiled, routes
 from .attach import Done, attach
-from .call import DEFAULT, Call, Execution, check_main_grad, needs_gradient
+from .call import DEFAULT, Call, Execution, check_main_grad, needs_gradient, recomputed
 from .metrics import summarize
 
 
@@ -152,7 +152,8 @@ def _with_reference(checked: Checked, explain: bool) -> Batch:
     options = {**checked.options, "lora": None}
     head = LinearHead(hidden.reshape(-1, hidden.shape[-1]), weight, bias, **options)
     rows = batch.rows
-    logp = head_stats(head, rows.ids, rows.unmasked_index, rows.n_unmasked)[0]
+    listed = (rows.unmasked_index, rows.n_unmasked)
+    logp = head_stats(head, rows.ids, *listed, entropy=False)[0]
     return replace(batch, ref_logp=logp)
 
 
@@ -193,8 +194,8 @@ def linear_policy_loss(
     adapter are computed in the forward pass (skipped under `torch.no_grad`) and kept for one
     backward. fp32 logits, statistics and accumulators; each gradient is downcast once. Masked rows
     enter no product; rows that cannot have a gradient (advantage 0 without a KL or an entropy
-    bonus) enter only the forward one. `plan.py` lists the routes and what they cost. torch.compile
-    sees one op, without main_grad, tp_group, per_token and explain.
+    bonus) enter only the forward one. `plan/route.py` lists the routes and what they cost.
+    torch.compile sees one op, without main_grad, tp_group, per_token and explain.
 
     Args:
         hidden: (B, T, H) or packed (N, H); hidden[..., t, :] predicts ids[..., t].
@@ -230,7 +231,7 @@ def linear_policy_loss(
         main_grad: (V, H) fp32, e.g. `weight.grad` of an fp32 weight, or the main gradient of a
             half-precision one, also when it is tied to an embedding: the gradient of the weight is
             added to it here, in the forward pass, and autograd has none for the weight. It saves
-            a buffer of that size, and a pass over it.
+            a buffer of that size, and a pass over it. A checkpointed call adds it once.
         grad_scale: with main_grad, the factor with which backward will reach this loss (a loss
             scale, or 1 / accumulation steps). Another one raises there (on an accelerator the other
             gradients are NaN).
@@ -270,6 +271,8 @@ def linear_policy_loss(
     needs = Needs(*needs_gradient(*checked.tensors))
     if explain:
         return plan_of(checked, needs)
+    if main_grad is not None and recomputed():
+        needs = needs._replace(weight=False)
     done = compute(checked, needs)
     loss = attach(done, checked.tensors) if any(needs) else done.loss
     return (loss, done.metrics, done.tokens()) if per_token else (loss, done.metrics)

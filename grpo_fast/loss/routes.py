@@ -1,4 +1,4 @@
-"""The routes of the loss from hidden states; `plan.py` says which one a call takes, and why."""
+"""The routes of the loss from hidden states; `plan/route.py` says which one a call takes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def add_active(
             return
         if keep.numel() < active.numel():
             if isinstance(place, slice):
-                place = torch.arange(place.start, place.stop)
+                place = torch.arange(place.start, place.stop, device=dlogits.device)
             hidden, dlogits, place = hidden[keep], compact(dlogits, keep), place[keep]
     grads.add(hidden, dlogits, place)
 

@@ -87,7 +87,9 @@ def backbone(model: nn.Module) -> nn.Module:
     if body is lm:
         got = f"{type(lm).__name__}, which has no submodule {lm.base_model_prefix!r}"
         fail("model", "a backbone of its own, named by base_model_prefix", got)
-    return body
+    # OPT, BART and their relatives go past it, to the decoder inside
+    inner = getattr(body, "decoder", None)
+    return inner if isinstance(inner, PreTrainedModel) else body
 
 
 def find_head(model: nn.Module, *, partitioned: bool = False) -> Head:
@@ -113,7 +115,17 @@ def find_head(model: nn.Module, *, partitioned: bool = False) -> Head:
         module, lora = _adapted(lm, module)
     # a DTensor stays one: the `linear_*` functions gather it and average its gradient, while that
     # of full_tensor() is each rank's own
-    weight, bias = module.weight, getattr(module, "bias", None)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            "model: expected an unquantized (V, H) lm_head weight, got none on the "
+            f"{type(module).__name__} {_name_of(lm, module)}"
+        )
+    if weight.is_meta:
+        raise ValueError(
+            "model: expected an lm_head that holds its numbers, got one that is offloaded or was "
+            f"never loaded (device meta) on {_name_of(lm, module)}"
+        )
     if hasattr(weight, "ds_id") and not partitioned:
         fail("model", "a whole lm_head", "one that ZeRO-3 partitions", "use FSDP or ZeRO-2.")
     shape = getattr(weight, "ds_shape", weight.shape)
@@ -197,13 +209,19 @@ def check_head(model: nn.Module, head: Head, *, run_backbone: bool = True) -> No
         parts = {"weight": head.weight, "bias": head.bias}
         whole = {n: t.full_tensor() for n, t in parts.items() if hasattr(t, "full_tensor")}
         head = replace(head, **whole)
-        noise = torch.randn(1, count, width, generator=torch.Generator().manual_seed(0))
+        own = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn(1, count, width, generator=own, device="cpu")
         noise = noise.to(head.weight)
         plain = (noise[0] @ head.weight.T).float() * head.logit_scale
         loud = noise * (10.0 / plain.std().clamp(min=1e-6)).to(noise)
         for hidden in (None, loud) if run_backbone else (loud,):
             with _hidden_states(lm, hidden, run_backbone) as seen:
                 logits = lm(input_ids=tokens, use_cache=False).logits[0].float()
+            if not seen:
+                raise ValueError(
+                    f"model: expected one whose forward calls its {type(backbone(lm)).__name__}, "
+                    f"got {type(lm).__name__}, which goes past it"
+                )
             _compare(lm, head, seen.pop()[0], logits, targets)
 
 
@@ -250,6 +268,10 @@ def _compare(lm: PreTrainedModel, head: Head, hidden: Tensor, logits: Tensor, id
     if logits.shape != (len(ids), head.weight.shape[0]):
         got = f"{tuple(logits.shape)} from {type(lm).__name__}"
         fail("model", f"logits {len(ids), head.weight.shape[0]}, as its head has rows", got)
+    if logits.isnan().any():
+        broken = [n for n, p in lm.named_parameters() if not p.is_meta and p.isnan().any()]
+        got = f"NaN in {', '.join(broken[:3])}" if broken else "NaN logits of finite weights"
+        raise ValueError(f"model: expected weights that give finite logits, got {got}")
     ours = linear_logprob(hidden, head, ids).logp
     theirs = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
     error = (ours - theirs).abs().max().item()

@@ -20,6 +20,7 @@ from transformers import (
 from grpo_fast.checks import fail
 
 from .head import TRANSFORM, backbone, check_head, find_head, innermost
+from .rope import check_positions
 
 _MARK = "_grpo_fast_previous"
 
@@ -138,6 +139,7 @@ def _through_head(
     if given.setdefault("use_cache", False):
         hint = "a cache switches packed attention off."
         fail("use_cache", "False or None", given["use_cache"], hint)
+    check_positions(lm, given.get("position_ids"))
     hidden = backbone(lm)(*args, **given)[0]
     head = find_head(lm)
     return head_fn(hidden.to(head.weight.dtype), head)

@@ -13,6 +13,9 @@ from grpo_fast.presets import LEVELS
 from .objectives import rollout_weight
 from .weights import sequence_sum, spread
 
+# more numbers than these torch refuses a quantile of
+_QUANTILE_LIMIT = 1 << 24
+
 
 def scaled(advantages: Tensor, factor: Tensor) -> Tensor:
     """advantages * factor, exactly 0 where the factor is 0."""
@@ -90,4 +93,11 @@ def entropy_threshold(share: float, entropy: Tensor, mask: Tensor) -> Tensor:
     if entropy.numel() == 0:
         return entropy.new_full((), torch.nan)
     counted = torch.where(mask, entropy, torch.full_like(entropy, torch.nan))
-    return torch.nanquantile(counted, 1.0 - share)
+    if counted.numel() <= _QUANTILE_LIMIT:
+        return torch.nanquantile(counted, 1.0 - share)
+    # NaN sorts last; an fp32 rank would not be an integer any more
+    values = counted.sort().values
+    rank = (~torch.isnan(values)).sum().sub(1).double() * (1.0 - share)
+    places = torch.stack((rank.floor(), rank.ceil())).long().clamp(min=0)
+    low, high = values[places]
+    return torch.lerp(low, high, rank.frac().to(values.dtype))

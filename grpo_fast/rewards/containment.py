@@ -88,6 +88,18 @@ _GENERATORS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.get_rng_state, torch.set_rng_state),
     (_cuda_states, _set_cuda_states),
 )
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Whatever the block draws or seeds, the generators that sampling draws from go on after it as
+    if it had not been there."""
+    states = [read() for read, _ in _GENERATORS]
+    try:
+        yield
+    finally:
+        for (_, write), state in zip(_GENERATORS, states, strict=True):
+            write(state)
 # (read, write) of settings; written back only when they have changed
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),

@@ -191,7 +191,8 @@ class _Equality:
             _warn_gold(gold)
             return None
         if not is_safe(answer):
-            return None
+            # the policy wrote it: unreadable must not pay better than wrong
+            return False
         worker = self._free.get()
         try:
             reply = worker.ask({"answer": _marked(answer), "gold": _marked(gold)})

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,7 +88,7 @@ def model_digest(model: nn.Module) -> str:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value), encoding="utf-8")
+    part.write_text(json.dumps(value, default=str), encoding="utf-8")
     _sync(part)
     os.replace(part, path)
 
@@ -204,20 +205,60 @@ def _format_1(stored: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, A
     }
 
 
-def seal(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Declare a checkpoint complete: flush its files, then write the marker with their sizes."""
+def seal(folder: Path, fingerprint: dict[str, Any], followed: dict[str, Any] | None = None) -> None:
+    """Declare a checkpoint complete: flush its files, then write the marker with their sizes and
+    hashes.
+
+    Args:
+        followed: arguments that a resumed run takes from itself.
+    """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
     for path in files:
         _sync(path)
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    write_json(
-        folder / MARKER, {"format": _FORMATS[-1], "files": sizes, "fingerprint": fingerprint}
-    )
+    names = [path.relative_to(folder).as_posix() for path in files]
+    marker = {
+        "format": _FORMATS[-1],
+        "files": {name: path.stat().st_size for name, path in zip(names, files, strict=True)},
+        "sha256": dict(zip(names, _hashes(files), strict=True)),
+        "fingerprint": fingerprint,
+        "followed": followed or {},
+    }
+    write_json(folder / MARKER, marker)
     _sync(folder)
 
 
-def problem(folder: Path) -> str | None:
-    """Why a checkpoint folder cannot be resumed, or None when it is complete."""
+def _hashes(files: list[Path]) -> list[str]:
+    def one(path: Path) -> str:
+        total = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                total.update(block)
+        return total.hexdigest()
+
+    # hashing holds no GIL, and a large checkpoint is several files
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(one, files))
+
+
+def changes(folder: Path, followed: dict[str, Any]) -> list[str]:
+    """What the run of a complete checkpoint was told otherwise, of the arguments that a resumed
+    run follows: one line each."""
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    stored = marker.get("followed", {})
+    current = json.loads(json.dumps(followed, default=str))
+    return [
+        f"{name} was {stored[name]!r}, is {value!r}"
+        for name, value in current.items()
+        if name in stored and stored[name] != value
+    ]
+
+
+def problem(folder: Path, hashed: bool = False) -> str | None:
+    """Why a checkpoint folder cannot be resumed, or None when it is complete.
+
+    Args:
+        hashed: read every file, too, and compare its hash.
+    """
     if not folder.is_dir():
         return "there is no such folder"
     if not (folder / MARKER).is_file():
@@ -226,7 +267,7 @@ def problem(folder: Path) -> str | None:
         )
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        sizes = dict(marker["files"])
+        sizes, hashes = dict(marker["files"]), dict(marker.get("sha256", {}))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
         return f"{MARKER} is damaged"
     if marker.get("format") not in _FORMATS:
@@ -238,6 +279,10 @@ def problem(folder: Path) -> str | None:
             return f"its file {name} is missing"
         if path.stat().st_size != size:
             return f"its file {name} has {path.stat().st_size} bytes, expected {size}"
+    if hashed:
+        for name, found in zip(hashes, _hashes([folder / name for name in hashes]), strict=True):
+            if found != hashes[name]:
+                return f"its file {name} is damaged: its hash is not the one that was written"
     return None
 
 
@@ -272,7 +317,7 @@ def newest(output_dir: str) -> tuple[Path, list[str]]:
     """
     skipped = []
     for _, path in reversed(_folders(Path(output_dir))):
-        reason = problem(path)
+        reason = problem(path, hashed=True)
         if reason is None:
             return path, skipped
         skipped.append(f"{path}: {reason}")
@@ -281,22 +326,25 @@ def newest(output_dir: str) -> tuple[Path, list[str]]:
     fail("resume_from_checkpoint", expected, f"none: {listing}")
 
 
-def check(folder: Path, fingerprint: dict[str, Any], defaults: dict[str, Any]) -> None:
+def check(
+    folder: Path, fingerprint: dict[str, Any], defaults: dict[str, Any], hashed: bool = True
+) -> None:
     """Refuse a checkpoint that is incomplete or comes from another configuration.
 
     Args:
         defaults: the value of a key that a checkpoint lacks, because it is older than the option.
+        hashed: compare the hash of every file, too.
 
     Raises:
         ValueError: naming the folder and the reason, or every differing key with both values.
     """
-    reason = problem(folder)
+    reason = problem(folder, hashed)
     if reason:
         fail("resume_from_checkpoint", "a complete checkpoint", f"{folder}: {reason}")
     stored = json.loads((folder / MARKER).read_text(encoding="utf-8"))["fingerprint"]
     # through JSON, as the stored one went: tuples become lists
-    current = json.loads(json.dumps(fingerprint))
-    defaults = json.loads(json.dumps(defaults))
+    current = json.loads(json.dumps(fingerprint, default=str))
+    defaults = json.loads(json.dumps(defaults, default=str))
     stored = {k: v for k, v in stored.items() if k not in _DERIVED}
     stored = {**{k: v for k, v in defaults.items() if k in current}, **stored}
     keys = [k for k in (stored | current) if stored.get(k) != current.get(k)]

@@ -17,6 +17,7 @@ from grpo_fast.presets import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS
 from grpo_fast.rewards.checks import check_limit
 from grpo_fast.rewards.combination import check_aggregation
 
+from .inherited import check_inherited
 from .kl import KLOptions
 from .kl import option as _option
 
@@ -52,9 +53,9 @@ class GRPOConfig(KLOptions, TrainingArguments):
     Defaults of `TrainingArguments` that differ here: learning_rate 1e-6, logging_steps 10,
     remove_unused_columns False (reward functions get every column), logging_nan_inf_filter False
     (it hides a NaN loss and costs a host sync for each micro-batch), dataloader_pin_memory False
-    (the loader yields rows of the dataset, no tensors), bf16 True where CUDA supports it and
-    neither `bf16` nor `fp16` was given (False on CPU and MPS). Model strings load in float32 unless
-    `model_init_kwargs` says otherwise.
+    (the loader yields rows of the dataset, no tensors), metric_for_best_model "reward", bf16 True
+    where CUDA supports it and neither `bf16` nor `fp16` was given (False on CPU and MPS). Model
+    strings load in float32 unless `model_init_kwargs` says otherwise.
 
     Raises:
         ValueError: for any value out of range, before anything is loaded.
@@ -205,6 +206,10 @@ class GRPOConfig(KLOptions, TrainingArguments):
         if self.bf16 is None:
             cuda = torch.cuda.is_available() and not self.use_cpu
             self.bf16 = cuda and not self.fp16 and torch.cuda.is_bf16_supported()
+        judged = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        if judged and self.metric_for_best_model is None:
+            # a policy loss says nothing about the policy: it is 0 at every on-policy step
+            self.metric_for_best_model = "reward"
         super().__post_init__()
         for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
             value = getattr(self, name)
@@ -218,7 +223,7 @@ class GRPOConfig(KLOptions, TrainingArguments):
         self._check_advantages()
         self._check_batches()
         self.check_kl()
-        self._check_trainer()
+        check_inherited(self)
 
     def loss_config(self) -> LossConfig:
         """The loss these arguments describe; `LossConfig` owns its defaults and its checks."""
@@ -362,20 +367,3 @@ class GRPOConfig(KLOptions, TrainingArguments):
                 f"{self.world_size} x steps_per_generation {self.steps_per_generation})"
             )
             fail("num_generations", expected, self.num_generations)
-
-    def _check_trainer(self) -> None:
-        if self.remove_unused_columns:
-            hint = "it would drop the prompt and reward columns."
-            fail("remove_unused_columns", "False", True, hint)
-        if self.auto_find_batch_size:
-            fail("auto_find_batch_size", "False", True, "it would change the groups.")
-        if getattr(self, "enable_jit_checkpoint", False):
-            hint = "it saves within a step, when the rollouts of the next one are already drawn."
-            fail("enable_jit_checkpoint", "False", True, hint)
-        if not self.use_liger_kernel:
-            return
-        # Liger's layers are welcome, its forward would take the place of the one with our head
-        name = "fused_linear_cross_entropy"
-        self.liger_kernel_config = {name: False, **(self.liger_kernel_config or {})}
-        if self.liger_kernel_config[name]:
-            fail("liger_kernel_config", f"{name} False", True, "it would replace the head.")

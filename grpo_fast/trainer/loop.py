@@ -18,6 +18,7 @@ from grpo_fast.config import LossConfig
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.reference import ReferencePolicy
 from grpo_fast.objective import weights
+from grpo_fast.rewards.containment import generators_kept
 from grpo_fast.rollout.rollouts import Sampler
 
 from .kl import KLController, KLStop, StepKL, make_controller
@@ -253,12 +254,13 @@ class RolloutTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Sample, score and measure every prompt of this rank's shard; no update."""
+        """Sample, score and measure every prompt of this rank's shard; no update, and training's
+        random numbers go on as if nothing had been drawn."""
         metrics = Metrics(self.args.device, self.token_means)
         groups = self.args.num_generations_eval
         self.callback_handler.eval_dataloader = dataloader
         self.sampler.sync(self.model)
-        with evaluating(self.model):
+        with generators_kept(), evaluating(self.model):
             for drawn in dataloader:
                 examples = [example for example in drawn for _ in range(groups)]
                 fresh = self.rollout(examples, groups, metrics, evaluate=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
@@ -16,8 +17,30 @@ from grpo_fast.config import LossConfig
 from . import checkpoint
 from .checkpoint import Stateful
 from .config import GRPOConfig
+from .folder import run_folder
 
 logger = logging.getLogger(__name__)
+
+# what a command line or a YAML file makes of a yes
+_TRUTHS = {"True": True, "true": True, "latest": True, "False": False, "false": False, "": False}
+# part of the optimizer's saved state, which takes the place of what the arguments say
+_OPTIMIZER = (
+    "learning_rate",
+    "weight_decay",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+)
+# not saved: a resumed run follows its own arguments, and says so
+_FOLLOWED = (
+    "max_steps",
+    "num_train_epochs",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_grad_norm",
+)
 
 
 @dataclass
@@ -25,6 +48,7 @@ class Counters:
     """What Trainer counts and its own state leaves out."""
 
     tokens_seen: int = 0
+    loss_of_run: float = 0.0
     loss_since_log: float = 0.0
     last_logged: int = 0
 
@@ -79,6 +103,7 @@ class ResumableTrainer(Trainer):
         "data_seed",
         "bf16",
         "fp16",
+        *_OPTIMIZER,
     )
 
     # what a subclass sets before `train`
@@ -112,6 +137,8 @@ class ResumableTrainer(Trainer):
             for f in fields(self.args)
             if f.name in self.fingerprinted and f.default is not MISSING
         }
+        # they were not recorded before 2026-11-27, and nobody left them at their defaults
+        known |= {name: getattr(self.args, name) for name in _OPTIMIZER}
         return {**known, **{f"loss.{f.name}": f.default for f in fields(self.loss_config)}}
 
     def _reset_run(self) -> None:
@@ -123,26 +150,65 @@ class ResumableTrainer(Trainer):
                 reset()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> Any:
-        """Train; True resumes the newest complete checkpoint of the output folder.
+        """Train; True resumes the newest complete checkpoint of the output folder, None asks
+        `args.resume_from_checkpoint`. A finished run is loaded, and nothing else happens.
 
         Raises:
-            ValueError: there is no training data; the checkpoint is incomplete or comes from
-                another configuration.
+            ValueError: there is no training data; the checkpoint is incomplete, damaged or comes
+                from another configuration; another process trains in the output folder.
         """
         if self.train_dataset is None:
             fail("train_dataset", "a dataset to train on", None)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+            resume_from_checkpoint = _TRUTHS.get(resume_from_checkpoint, resume_from_checkpoint)
         self._reset_run()
-        if not resume_from_checkpoint:
-            return super().train(None, *args, **kwargs)
-        if resume_from_checkpoint is True:
+        with run_folder(self.args.output_dir, self.is_world_process_zero()) as own:
+            if not resume_from_checkpoint:
+                own.set_aside()
+                return super().train(None, *args, **kwargs)
+            folder = self._checkpoint_of(resume_from_checkpoint)
+            if folder.resolve().parent != Path(self.args.output_dir).resolve():
+                own.set_aside()
+            done = self._finished(folder)
+            if done is None:
+                done = super().train(str(folder), *args, **kwargs)
+            return done
+
+    def _checkpoint_of(self, choice: str | bool) -> Path:
+        """The checkpoint to continue, checked, its run state loaded."""
+        if choice is True:
             folder, skipped = checkpoint.newest(self.args.output_dir)
             for reason in skipped:
                 logger.warning("resume_from_checkpoint: skipped %s", reason)
         else:
-            folder = Path(resume_from_checkpoint)
-        checkpoint.check(folder, self.fingerprint(), self._defaults())
+            folder = Path(choice)
+        checkpoint.check(folder, self.fingerprint(), self._defaults(), hashed=choice is not True)
+        for line in checkpoint.changes(folder, self._followed()):
+            logger.warning("resume_from_checkpoint: %s, which the resumed run follows", line)
         self._load_run_state(folder)
-        return super().train(str(folder), *args, **kwargs)
+        return folder
+
+    def _followed(self) -> dict[str, Any]:
+        """Arguments that may differ from those of the run that is continued."""
+        return {name: getattr(self.args, name, None) for name in _FOLLOWED}
+
+    def _finished(self, folder: Path) -> TrainOutput | None:
+        """The state and the weights of a run that has no step left; None when there is one."""
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        same = state.num_train_epochs == self.args.num_train_epochs
+        last = self.args.max_steps if self.args.max_steps > 0 else state.max_steps if same else None
+        if last is None or state.global_step < last:
+            return None
+        self._load_from_checkpoint(str(folder))
+        self.state, self._resume = state, None
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        logger.warning(
+            "resume_from_checkpoint: %s has all of its %d steps; nothing is trained", folder, last
+        )
+        total = self.counters.loss_of_run + self.counters.loss_since_log
+        return TrainOutput(state.global_step, total / state.global_step, {})
 
     def _load_run_state(self, folder: Path) -> None:
         checkpoint.load_parts(folder, self.accelerator.process_index, self.stateful)
@@ -155,7 +221,23 @@ class ResumableTrainer(Trainer):
         folder, self._resume = self._resume, None
         self._load_rng_state(str(folder))
         self._tr_loss += self.counters.loss_since_log
+        self._total_loss_scalar += self.counters.loss_of_run
         self._globalstep_last_logged = self.counters.last_logged
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Trainer divides by the steps since the resume; the loss is that of all of them
+        done = super()._finalize_training(*args, **kwargs)
+        return done._replace(training_loss=self._mean_loss(), metrics=self._with_loss(done.metrics))
+
+    def _mean_loss(self) -> float:
+        return self._total_loss_scalar / max(self.state.global_step, 1)
+
+    def _with_loss(self, logs: dict[str, float]) -> dict[str, float]:
+        return {**logs, "train_loss": self._mean_loss()} if "train_loss" in logs else logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer's; `train_loss` is the mean over all steps of the run."""
+        super().log(self._with_loss(logs), start_time)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         # Trainer calls this once more after the first step's batches are drawn and sampled
@@ -181,11 +263,12 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if main:
             if not args.save_only_model:
-                checkpoint.seal(folder, self.fingerprint())
+                checkpoint.seal(folder, self.fingerprint(), self._followed())
             checkpoint.rotate(folder, limit, self.state.best_model_checkpoint)
 
     def _save_run_state(self, folder: Path) -> None:
         self.counters.loss_since_log = self._tr_loss.item()
+        self.counters.loss_of_run = self._total_loss_scalar
         self.counters.last_logged = self._globalstep_last_logged
         rank = self.accelerator.process_index
         checkpoint.save_parts(folder, rank, self.stateful, self.args.should_save)

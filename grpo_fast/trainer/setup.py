@@ -11,10 +11,15 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from grpo_fast.checks import ArgumentError, fail
+from grpo_fast.models.head import innermost
 from grpo_fast.models.loading import load_policy, load_processing
+from grpo_fast.models.rope import shared_limit
 
 from .config import GRPOConfig
-from .sampler import check_dataset
+from .sampler import check_dataset, column_names
+
+# columns that TRL shows to a vision model
+_UNSEEN = {"image", "images", "video", "videos", "audio"}
 
 
 def check_arguments(
@@ -61,6 +66,10 @@ def check_arguments(
         fail("train_dataset", "a dataset", None)
     for name, dataset in datasets.items():
         check_dataset(name, dataset)
+        unseen = sorted(_UNSEEN.intersection(column_names(dataset)))
+        if unseen:
+            hint = "rename the column if only rewards read it, or use TRL's trainer and our adapter"
+            fail(name, "text alone, since the policy is shown no images", repr(unseen[0]), hint)
     check_writable(args.output_dir)
     return datasets
 
@@ -148,6 +157,9 @@ def generation_of(
 def prompt_room(model: nn.Module, args: GRPOConfig) -> int | None:
     """Tokens of context left for a prompt, None when the model names no limit."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    # generation and packing put sequences beside each other
+    alone = shared_limit(innermost(model))
+    context = alone if context is None else min(context, alone or context)
     if context is None:
         return None
     if args.max_completion_length >= context:

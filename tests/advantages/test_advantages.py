@@ -251,3 +251,15 @@ def test_bad_rewards_are_refused(name):
 
 def test_schemes_are_all_tried():
     assert {options["scheme"] for options in WEIGHTINGS} == set(SCHEMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", list(ADVANTAGES))
+def test_an_offset_of_all_rewards_changes_nothing(name, dtype):
+    """32 rewards of 1e6 + {0, 1}: their fp32 sum is above 2^24, where there are no ones."""
+    torch.manual_seed(0)
+    small = torch.randint(2, (4, 32)).to(dtype)
+    want = ADVANTAGES[name](small)
+    got = ADVANTAGES[name](small + 1e6)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)

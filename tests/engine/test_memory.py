@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,28 @@ def test_the_workspace_is_kept_and_given_back():
     release_workspace()
     assert not hasattr(chunks._KEPT, "buffers")
     assert linear_logprob(hidden, weight, ids).logp.isfinite().all()
+
+
+def test_any_thread_gives_back_the_workspace_of_every_thread():
+    """A server's worker threads keep their buffers; the main thread has to be able to free them."""
+    release_workspace()
+    called, seen, done = threading.Barrier(2), [], threading.Event()
+
+    def work():
+        hidden, weight, ids, *_ = inputs(32, 64, 16)
+        linear_logprob(hidden, weight, ids)
+        seen.append(chunks._KEPT.buffers)
+        called.wait()
+        done.wait()
+        linear_logprob(hidden, weight, ids)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    called.wait()
+    assert seen[0].kept and seen[0] is not chunks._KEPT.buffers
+    release_workspace()
+    assert not seen[0].kept
+    done.set()
+    worker.join()
+    # it can go on
+    assert seen[0].kept

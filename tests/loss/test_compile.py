@@ -280,6 +280,34 @@ def test_bad_values_and_shapes_are_named():
         function(case.ids, case.mask, inplace=True)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("temperature", 0.7),
+        ("mask", [[1, 0, 0], [1, 1, 0]]),
+        ("old_logp", [[0.0] * 3] * 2),
+        ("softcap", torch.tensor(2.0)),
+        ("logit_scale", torch.tensor(2.0)),
+        ("bias", 0.5),
+        ("max_rows", torch.tensor(4)),
+        ("skip_inactive_forward", 1),
+        ("per_token", True),
+        ("main_grad", torch.zeros(11, 8)),
+        ("tp_group", object()),
+    ],
+)
+def test_nothing_is_dropped_in_silence(name, value):
+    """What the op has no place for is refused by name: a list is no tensor, nor a tensor a
+    number."""
+    hidden, weight, ids = torch.randn(2, 3, 8), torch.randn(11, 8), torch.zeros(2, 3).long()
+
+    def call():
+        return linear_policy_loss(hidden, weight, ids, torch.ones(2), **{name: value})[0]
+
+    with pytest.raises(Exception, match=f"{name}: expected .* under torch.compile, got"):
+        compiled(call)[0]()
+
+
 def test_autocast_is_that_of_the_traced_region():
     case = make_case()
 

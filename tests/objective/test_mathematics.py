@@ -19,6 +19,7 @@ from loss_cases import configurations, make_case, relative
 from grpo_fast import PRESETS, LossConfig, linear_policy_loss, policy_loss, reference
 from grpo_fast.advantages.group import group_advantages
 from grpo_fast.objective import objectives, weights
+from grpo_fast.objective.token_losses import token_losses
 from grpo_fast.presets import KL_ESTIMATORS, OBJECTIVES
 
 
@@ -348,3 +349,16 @@ def test_inplace_gradient_tells_autograd():
     loss, _ = policy_loss(middle, ids, torch.ones(2), inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (loss + other).backward()
+
+
+@pytest.mark.parametrize("sign, loss", [(1.0, -3.2), (-1.0, 3.2)])
+def test_a_cap_of_a_preset_is_never_inside_the_clip(sign, loss):
+    """ppo's dual clip of 3 is for A < 0 alone: a ratio of 3.2 inside 1 + epsilon_high = 3.5 is its
+    own, on either side."""
+    config = LossConfig("ppo", epsilon_high=2.5)
+    assert config.ratio_cap == 3.5 and LossConfig("ppo").ratio_cap == 3.0
+    logp = torch.zeros(1, 1, requires_grad=True)
+    old = -torch.tensor([[3.2]]).log()
+    out = token_losses(logp, torch.tensor([sign]), old_logp=old, config=config)
+    out.loss.sum().backward()
+    assert out.loss.item() == pytest.approx(loss) and logp.grad.item() == pytest.approx(loss)

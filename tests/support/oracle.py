@@ -89,7 +89,8 @@ def objective(
     if kind == "clip" and a > 0:
         return -a * min(r, 1 + config.upper_epsilon)
     if kind == "clip":
-        cap = {"ppo": 3.0}.get(config.loss_type, math.inf) if config.delta is None else config.delta
+        cap = max(3.0, 1 + config.upper_epsilon) if config.loss_type == "ppo" else math.inf
+        cap = cap if config.delta is None else config.delta
         return -a * min(max(r, 1 - config.epsilon), cap)
     if kind == "surrogate":
         return -a * r

@@ -229,7 +229,7 @@ def test_a_fresh_run_keeps_the_metrics_of_the_one_before(tmp_path):
     trainer(tmp_path, max_steps=1).train()
     first = (tmp_path / "metrics.jsonl").read_text()
     trainer(tmp_path, max_steps=2).train()
-    assert (tmp_path / "metrics.previous.jsonl").read_text() == first
+    assert (tmp_path / "previous-1" / "metrics.jsonl").read_text() == first
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 

@@ -66,6 +66,16 @@ def lora():
         ({"auto_find_batch_size": True}, "auto_find_batch_size: expected False"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: expected False"),
         (
+            {"generation_kwargs": {"topk": 1}},
+            "generation_kwargs: expected fields of .*, got 'topk'; did you mean 'top_k'",
+        ),
+        ({"learning_rate": float("inf")}, "learning_rate: expected a finite number >= 0, got inf"),
+        ({"learning_rate": float("nan")}, "learning_rate: expected a finite number >= 0, got nan"),
+        ({"weight_decay": -1.0}, "weight_decay: expected a finite number >= 0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0, .* entropy_coef"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: expected None, got 5.0"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy: .* shuffle_dataset"),
+        (
             {"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}},
             "expected fused_linear_cross_entropy False, got True",
         ),
