@@ -9,7 +9,6 @@ import sys
 from grpo_fast import __version__
 
 from .names import check_names
-from .train import train
 
 DEBUG = "GRPO_FAST_DEBUG"
 _DESCRIPTION = """\
@@ -117,5 +116,7 @@ def _train(argv: list[str]) -> int:
 
         run(config)
     else:
+        from .train import train
+
         train(script, config)
     return 0

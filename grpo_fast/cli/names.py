@@ -10,10 +10,11 @@ from pathlib import Path
 
 _OURS = Path(__file__).resolve().parent.parent
 _PARSER = ("config", "help", "help_all")
+_PARENTS = {"TrainingArguments", "KLOptions"}
 
 
 def fields_of(path: Path, name: str) -> set[str] | None:
-    """Annotated fields of a dataclass without parents but `TrainingArguments`; None where its
+    """Annotated fields of a dataclass without parents but those of `_PARENTS`; None where its
     source says too little."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -23,9 +24,10 @@ def fields_of(path: Path, name: str) -> set[str] | None:
         if not isinstance(node, ast.ClassDef) or node.name != name:
             continue
         parents = {base.id for base in node.bases if isinstance(base, ast.Name)}
-        if len(node.bases) != len(parents) or parents - {"TrainingArguments"}:
+        if len(node.bases) != len(parents) or parents - _PARENTS:
             return None
-        return {n.target.id for n in node.body if isinstance(n, ast.AnnAssign)}
+        stated = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+        return {n.target.id for n in stated if "ClassVar" not in ast.unparse(n.annotation)}
     return None
 
 
@@ -36,10 +38,12 @@ def option_names() -> set[str] | None:
         return None
     inherited = fields_of(Path(spec.origin).parent / "training_args.py", "TrainingArguments")
     config = fields_of(_OURS / "trainer" / "config.py", "GRPOConfig")
+    kl = fields_of(_OURS / "trainer" / "kl.py", "KLOptions")
     script = fields_of(_OURS / "cli" / "options.py", "ScriptArguments")
-    if inherited is None or config is None or script is None:
+    parts = (inherited, config, kl, script)
+    if None in parts:
         return None
-    return {n for n in inherited | config | script if not n.startswith("_")} | set(_PARSER)
+    return {n for part in parts for n in part if not n.startswith("_")} | set(_PARSER)
 
 
 def check_names(argv: list[str]) -> None:

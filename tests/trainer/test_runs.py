@@ -91,7 +91,7 @@ def test_what_the_optimizer_has_saved_cannot_be_changed(change, tmp_path):
     trainer(tmp_path, max_steps=1, **SAVING).train()
     run = trainer(tmp_path, max_steps=2, **SAVING, **change)
     (name,) = change
-    with pytest.raises(ValueError, match=f"another configuration: {name} was"):
+    with pytest.raises(ValueError, match=f"of another one: {name} was"):
         run.train(resume_from_checkpoint=True)
 
 
