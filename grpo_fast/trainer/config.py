@@ -142,6 +142,16 @@ class GRPOConfig(KLOptions, TrainingArguments):
         LossConfig.off_policy_mask_threshold,
         "Nats from the old policy beyond which a completion of negative advantage is left out.",
     )
+    rollout_correction: str = _option(
+        LossConfig.rollout_correction,
+        "What is done with p(policy) / p(sampler) where a sampler gives its log-probs.",
+    )
+    rollout_ratio_min: float | None = _option(
+        LossConfig.rollout_ratio_min, "Lower bound of that ratio; default: none."
+    )
+    rollout_ratio_max: float | None = _option(
+        LossConfig.rollout_ratio_max, "Upper bound of that ratio."
+    )
     cispo_ratio_min: float = _option(LossConfig.cispo_ratio_min, "cispo: lower bound of the ratio.")
     sapo_temperature_pos: float = _option(
         LossConfig.sapo_temperature_pos, "sapo: temperature of the gate, advantage > 0."

@@ -10,6 +10,7 @@ from tiny_trainer import dataset, spread_reward, trainer
 from grpo_fast import GRPOTrainer
 from grpo_fast.models.packing import completion_logprobs
 from grpo_fast.rollout import HFSampler, Rollouts, Sampler
+from grpo_fast.trainer import grpo
 
 SETTINGS = {"reward": spread_reward, "train_dataset": dataset(8), "max_completion_length": 6}
 
@@ -84,9 +85,12 @@ def test_an_overridden_generate_never_asks_the_sampler(tmp_path):
         assert torch.equal(a, b)
 
 
-def test_log_probs_of_the_sampler_reach_the_loss(tmp_path):
+def test_log_probs_of_the_sampler_reach_the_loss(tmp_path, monkeypatch):
     plain = run_with(Canned(), tmp_path / "plain", max_steps=1)
+    said = []
+    monkeypatch.setattr(grpo.logger, "warning_once", lambda text, *args: said.append(text % args))
     given = run_with(Canned(logp=-3.0), tmp_path / "given", max_steps=1)
+    assert said and "rollout_correction='sequence_mask'" in said[0]
     micro = given.window.micro_batches[0]
     assert torch.equal(micro.rollout_logp, torch.full(micro.packed.ids.shape, -3.0))
     assert plain.window.micro_batches[0].rollout_logp is None

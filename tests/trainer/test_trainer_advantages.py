@@ -15,9 +15,6 @@ from grpo_fast.advantages.reward_weights import SCHEMES
 from grpo_fast.advantages.table import advantages_of
 from grpo_fast.checks import ArgumentError
 
-# They weigh the sampler's own log-probs against the policy's, and `Rollouts` holds tokens alone:
-# Hugging Face generate samples from the policy itself.
-NOT_OFFERED = {"rollout_correction", "rollout_ratio_min", "rollout_ratio_max"}
 LOSS_FIELDS = {field.name: field for field in dataclasses.fields(LossConfig)}
 # a loss type that has the option, and a value that is not its default
 OTHER = {
@@ -33,6 +30,9 @@ OTHER = {
     "use_bias_correction_kl": ("grpo", False),
     "entropy_coef": ("grpo", 0.01),
     "top_entropy_quantile": ("grpo", 0.2),
+    "rollout_correction": ("grpo", "token_truncate"),
+    "rollout_ratio_min": ("grpo", 0.5),
+    "rollout_ratio_max": ("grpo", 2.0),
     "off_policy_mask_threshold": ("grpo", 0.5),
     "cispo_ratio_min": ("cispo", 0.1),
     "sapo_temperature_pos": ("sapo", 2.0),
@@ -48,12 +48,12 @@ OTHER = {
 
 def test_every_option_of_the_loss_is_one_of_the_trainer():
     offered = {field.name: field for field in dataclasses.fields(GRPOConfig)}
-    assert set(LOSS_FIELDS) - set(offered) == NOT_OFFERED
+    assert set(LOSS_FIELDS) - set(offered) == set()
     for name, field in LOSS_FIELDS.items():
         # the trainer always has a length: it samples that much
-        if name not in {*NOT_OFFERED, "max_completion_length"}:
+        if name != "max_completion_length":
             assert offered[name].default == field.default, name
-    assert set(OTHER) == set(LOSS_FIELDS) - NOT_OFFERED
+    assert set(OTHER) == set(LOSS_FIELDS)
     for name in PRESETS:
         assert name in offered["loss_type"].metadata["help"]
 
