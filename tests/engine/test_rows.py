@@ -10,6 +10,7 @@ import torch
 from loss_cases import generator, relative
 from policy_arguments import arguments
 
+from grpo_fast import policy_loss
 from grpo_fast.engine import torch_backend
 from grpo_fast.engine.backend import select
 from grpo_fast.objective import objectives
@@ -263,3 +264,17 @@ def test_objective_equals_the_torch_backend(objective):
             for some in (near & ~bad, ~near):
                 if theirs[some].any() or ours[some].any():
                     assert relative(ours[some], theirs[some]) < bound, (kl, term)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_gradient_over_packed_logits_of_a_padded_vocabulary(factor):
+    """(N, V) rows with a gap between them: written in place and scaled where they are."""
+    ids, advantages = torch.arange(6), torch.linspace(-1, 1, 6)
+    grads = []
+    for inplace in (False, True):
+        base = torch.linspace(-3, 3, 6 * 48).view(6, 48).requires_grad_()
+        logits = (base * 1.0)[:, :40]
+        loss, _ = policy_loss(logits, ids, advantages, inplace=inplace)
+        (loss * factor).backward()
+        grads.append(base.grad)
+    assert torch.equal(*grads) and grads[0].any() and not grads[0][:, 40:].any()
