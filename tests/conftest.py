@@ -12,6 +12,7 @@ import importlib.util
 import math
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -43,6 +44,13 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # a pytest that a test starts is no worker of ours: pytest-benchmark would write no result
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        del os.environ[name]
+    # a shell that starts us in the background has Ctrl-C ignored, here and in every process of ours
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--backend") == "interpret":
         # before anything imports triton
         os.environ["TRITON_INTERPRET"] = "1"

@@ -147,7 +147,7 @@ def test_the_workspace_is_kept_and_given_back():
 
     def kept(budget: int) -> torch.Tensor:
         linear_policy_loss(hidden, weight, ids, advantages, workspace_bytes=FIXED_BYTES + budget)
-        (buffer,) = chunks._KEPT.buffers.values()
+        (buffer,) = chunks._KEPT.buffers.kept.values()
         return buffer
 
     first = kept(8 * MIB)
@@ -156,7 +156,7 @@ def test_the_workspace_is_kept_and_given_back():
     small = kept(2 * MIB)
     assert small is not first and small.numel() <= 2 * MIB
     release_workspace()
-    assert not hasattr(chunks._KEPT, "buffers")
+    assert not chunks._KEPT.buffers.kept
     assert linear_logprob(hidden, weight, ids).logp.isfinite().all()
 
 
