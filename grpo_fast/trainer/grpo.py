@@ -39,17 +39,12 @@ from .config import GRPOConfig
 from .kl import approximate_kl
 from .loop import Example, RolloutTrainer, StepCallback
 from .metrics import Metrics, add_rollouts, loss_metrics
-from .reporting import Curves, MetricsFile, Progress
+from .reporting import CORRECTED, Curves, MetricsFile, Progress
 from .sampler import check_prompts, column_names, is_conversational
 from .setup import check_arguments, generation_of, policy_of, prompt_room, tokenizer_of
 from .window import MicroBatch
 
 logger = logging.get_logger(__name__)
-_CORRECTED = (
-    "the sampler gave log-probs: the loss corrects by p(policy) / p(sampler), rollout_correction="
-    "%r. A sequence-level mask leaves a whole completion out when its product leaves the bounds "
-    "(rollout_ratio_min, rollout_ratio_max); token_truncate is the mild choice."
-)
 
 
 class GRPOTrainer(RolloutTrainer):
@@ -225,7 +220,7 @@ class GRPOTrainer(RolloutTrainer):
         old = not (evaluate or self.args.on_policy)
         if rollouts.logp is not None:
             # with the default a gap of 0.003 nats a token leaves a completion of 400 tokens out
-            logger.warning_once(_CORRECTED, self.loss_config.rollout_correction)
+            logger.warning_once(CORRECTED, self.loss_config.rollout_correction)
         out = []
         for start in range(0, len(advantages), size):
             part = slice(start, start + size)

@@ -11,6 +11,13 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
+# said once, where a sampler gives log-probs
+CORRECTED = (
+    "the sampler gave log-probs: the loss corrects by p(policy) / p(sampler), rollout_correction="
+    "%r. A sequence-level mask leaves a whole completion out when its product leaves the bounds "
+    "(rollout_ratio_min, rollout_ratio_max); token_truncate is the mild choice."
+)
+
 _ESCAPES = re.compile(
     r"\x1b[P\]^_X].*?(?:\x07|\x1b\\|\x9c)"  # strings: title, clipboard, device control
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # cursor, colour, erase
