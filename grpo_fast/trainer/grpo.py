@@ -219,7 +219,6 @@ class GRPOTrainer(RolloutTrainer):
         size = self.args.per_device_eval_batch_size if evaluate else self._train_batch_size
         old = not (evaluate or self.args.on_policy)
         if rollouts.logp is not None:
-            # with the default a gap of 0.003 nats a token leaves a completion of 400 tokens out
             logger.warning_once(CORRECTED, self.loss_config.rollout_correction)
         out = []
         for start in range(0, len(advantages), size):

@@ -11,7 +11,8 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback
 
-# said once, where a sampler gives log-probs
+# Said once, where a sampler gives log-probs: with the default a gap of 0.003 nats a token leaves a
+# completion of 400 tokens out.
 CORRECTED = (
     "the sampler gave log-probs: the loss corrects by p(policy) / p(sampler), rollout_correction="
     "%r. A sequence-level mask leaves a whole completion out when its product leaves the bounds "
