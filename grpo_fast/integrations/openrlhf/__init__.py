@@ -1,5 +1,5 @@
 """OpenRLHF: its actor and its policy loss, fused."""
 
-from .actor import install, uninstall
+from .actor import TESTED, install, uninstall
 
-__all__ = ["install", "uninstall"]
+__all__ = ["TESTED", "install", "uninstall"]

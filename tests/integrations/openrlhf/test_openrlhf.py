@@ -287,8 +287,8 @@ def test_does_not_undo_somebody_else():
 
 def _again(patch: pytest.MonkeyPatch):
     """Import the module anew; the one that others hold stays."""
-    patch.delitem(sys.modules, "grpo_fast.integrations.openrlhf")
-    return importlib.import_module("grpo_fast.integrations.openrlhf")
+    patch.delitem(sys.modules, "grpo_fast.integrations.openrlhf.actor")
+    return importlib.import_module("grpo_fast.integrations.openrlhf.actor")
 
 
 def test_without_openrlhf(monkeypatch):

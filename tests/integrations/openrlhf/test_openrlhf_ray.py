@@ -23,7 +23,7 @@ from grpo_fast.integrations.openrlhf import actor as adapter
 ROOT = Path(__file__).resolve().parents[3]
 SUPPORT = ROOT / "tests" / "support"
 MODULE = "grpo_fast.integrations.openrlhf_ray"
-OURS = "grpo_fast.integrations.openrlhf"
+OURS = "grpo_fast.integrations.openrlhf.actor"
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_by_the_hook_of_the_driver():
     assert told == {
         "forward": OURS,
         "forward of the actor": OURS,
-        "loss": f"{OURS}_loss",
+        "loss": "grpo_fast.integrations.openrlhf.loss",
         "loss_type": "gspo",
         "imported": [],
     }
