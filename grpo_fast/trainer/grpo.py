@@ -31,7 +31,7 @@ from grpo_fast.models.packing import (
 )
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
-from grpo_fast.rewards import RewardSet, weighted
+from grpo_fast.rewards import weighted
 from grpo_fast.rollout.hf import HFSampler
 from grpo_fast.rollout.rollouts import Rollouts
 
@@ -39,10 +39,18 @@ from .config import GRPOConfig
 from .kl import approximate_kl
 from .loop import Example, RolloutTrainer, StepCallback
 from .metrics import Metrics, add_rollouts, loss_metrics
+from .record import completion_of, table_of
 from .reporting import CORRECTED, Curves, MetricsFile, Progress
-from .sampler import check_prompts, column_names, is_conversational
-from .setup import check_arguments, generation_of, policy_of, prompt_room, tokenizer_of
-from .window import MicroBatch
+from .sampler import check_prompts, is_conversational
+from .setup import (
+    check_arguments,
+    generation_of,
+    policy_of,
+    prompt_room,
+    rewards_of,
+    tokenizer_of,
+)
+from .window import MicroBatch, flat, mask_of
 
 logger = logging.get_logger(__name__)
 
@@ -96,23 +104,7 @@ class GRPOTrainer(RolloutTrainer):
         args = GRPOConfig(output_dir="grpo-output") if args is None else args
         datasets = check_arguments(args, train_dataset, eval_dataset, model, peft_config)
         tokenizer = tokenizer_of(model, processing_class, args)
-        init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "gguf_file"}
-        self.rewards = RewardSet(
-            reward_funcs,
-            reward_processing_classes,
-            args.reward_weights,
-            args.device,
-            init_kwargs,
-            timeout=args.reward_timeout,
-            max_completion_length=args.max_completion_length,
-        )
-        for dataset in datasets.values():
-            columns = column_names(dataset)
-            self.rewards.check_columns(columns)
-            if "rewards" in columns:
-                column = hasattr(dataset, "column_names")
-                cells = dataset["rewards"] if column else (row["rewards"] for row in dataset)
-                self.rewards.check_routes(cells)
+        self.rewards = rewards_of(reward_funcs, reward_processing_classes, args, datasets)
         # an adapter starts from random weights
         set_seed(args.seed)
         model = policy_of(model, args, peft_config)
@@ -191,7 +183,7 @@ class GRPOTrainer(RolloutTrainer):
         del columns["prompt"]
         return self.rewards.score(
             prompts,
-            [_completion(p, t) for p, t in zip(prompts, self._texts(rollouts), strict=True)],
+            [completion_of(p, t) for p, t in zip(prompts, self._texts(rollouts), strict=True)],
             rollouts.completion_ids,
             columns,
             trainer_state=self.state,
@@ -233,8 +225,8 @@ class GRPOTrainer(RolloutTrainer):
             micro = self.micro_batch(
                 packed=packed,
                 advantages=advantages[part].to(self.args.device, torch.float32),
-                mask=self._mask(rollouts, part, packed),
-                rollout_logp=self._flat(rollouts.logp, part, torch.float32),
+                mask=mask_of(rollouts, part, packed, self.args.mask_truncated_completions),
+                rollout_logp=flat(rollouts.logp, part, torch.float32, self.args.device),
             )
             self.measure(micro, old)
             if self.reference is not None:
@@ -248,24 +240,6 @@ class GRPOTrainer(RolloutTrainer):
         """Fill in what the policy says of a micro-batch: old_logp where `old` asks for it."""
         if old:
             micro.old_logp = self._logprobs(self.model, micro.packed)
-
-    def _mask(self, rollouts: Rollouts, part: slice, packed: PackedBatch) -> Tensor | None:
-        """(N,) bool: written by the policy, and not in a completion that is left out; None: all."""
-        mask = self._flat(rollouts.mask, part, torch.bool)
-        if self.args.mask_truncated_completions and any(rollouts.truncated[part]):
-            kept = ~torch.tensor(rollouts.truncated[part], device=self.args.device)
-            kept = kept.repeat_interleave(packed.cu_seqlens.diff())
-            mask = kept if mask is None else mask & kept
-        return mask
-
-    def _flat(
-        self, values: list[list[Any]] | None, part: slice, dtype: torch.dtype
-    ) -> Tensor | None:
-        """One number for each completion token of a micro-batch, (N,)."""
-        if values is None:
-            return None
-        flat = [value for row in values[part] for value in row]
-        return torch.tensor(flat, dtype=dtype, device=self.args.device)
 
     def loss(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 5: one packed forward through the wrapped model -> (loss, metrics of the loss)."""
@@ -351,7 +325,16 @@ class GRPOTrainer(RolloutTrainer):
         if not evaluate:
             self.counters.tokens_seen += int(lengths.sum() + prompts.sum())
             metrics.add("num_tokens", self.counters.tokens_seen, "max")
-            self._record(examples, rollouts, rewards[local], advantages[local])
+            if self.args.log_completions:
+                table = table_of(
+                    self.state.global_step + 1,
+                    [example["prompt"] for example in examples],
+                    self._texts(rollouts),
+                    dict(zip(self.rewards.names, rewards[local].T.tolist(), strict=True)),
+                    advantages[local].tolist(),
+                    self._extras,
+                )
+                self.completions.rows.extend(table)
         return self.batch(rollouts, advantages[local], evaluate)
 
     def _texts(self, rollouts: Rollouts) -> list[str]:
@@ -364,37 +347,9 @@ class GRPOTrainer(RolloutTrainer):
                 model, packed, self.args.temperature, workspace_bytes=self.args.workspace_bytes
             )
 
-    def _record(
-        self, examples: list, rollouts: Rollouts, rewards: Tensor, advantages: Tensor
-    ) -> None:
-        if not self.args.log_completions:
-            return
-        names = self.rewards.names
-        for i, text in enumerate(self._texts(rollouts)):
-            row = {"step": self.state.global_step + 1, "prompt": _as_text(examples[i]["prompt"])}
-            row["completion"] = text
-            row.update({name: rewards[i, k].item() for k, name in enumerate(names)})
-            row["advantage"] = advantages[i].item()
-            row.update({column: values[i] for column, values in self._extras.items()})
-            self.completions.rows.append(row)
-
     def named(self, values: dict[str, float], evaluate: bool = False) -> dict[str, float]:
         """TRL's names for the metrics."""
         named = {name: v for name, v in values.items() if not name.startswith("tokens/")}
         ratios = not (evaluate or self.args.on_policy)
         kl = self.reference is not None
         return {**named, **loss_metrics(values, self.loss_config.loss_type, kl, ratios)}
-
-
-def _completion(prompt: Any, text: str) -> Any:
-    """A completion as rewards see it: text, or an assistant message with the answer's prefill."""
-    if not is_conversational(prompt):
-        return text
-    begun = prompt[-1]["content"] if prompt[-1]["role"] == "assistant" else ""
-    return [{"role": "assistant", "content": begun + text}]
-
-
-def _as_text(prompt: Any) -> str:
-    if not is_conversational(prompt):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -14,6 +14,7 @@ from grpo_fast.checks import ArgumentError, fail
 from grpo_fast.models.head import innermost
 from grpo_fast.models.loading import load_policy, load_processing
 from grpo_fast.models.rope import shared_limit
+from grpo_fast.rewards import RewardSet
 
 from .config import GRPOConfig
 from .sampler import check_dataset, column_names
@@ -167,3 +168,26 @@ def prompt_room(model: nn.Module, args: GRPOConfig) -> int | None:
         got, hint = args.max_completion_length, "it leaves no room for a prompt."
         fail("max_completion_length", expected, got, hint)
     return context - args.max_completion_length
+
+
+def rewards_of(
+    reward_funcs: Any, processing_classes: Any, args: GRPOConfig, datasets: dict[str, Any]
+) -> RewardSet:
+    """The rewards of a run, whose columns every dataset has."""
+    init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "gguf_file"}
+    rewards = RewardSet(
+        reward_funcs,
+        processing_classes,
+        args.reward_weights,
+        args.device,
+        init_kwargs,
+        timeout=args.reward_timeout,
+        max_completion_length=args.max_completion_length,
+    )
+    for dataset in datasets.values():
+        columns = column_names(dataset)
+        rewards.check_columns(columns)
+        if "rewards" in columns:
+            whole = hasattr(dataset, "column_names")
+            rewards.check_routes(dataset["rewards"] if whole else (r["rewards"] for r in dataset))
+    return rewards

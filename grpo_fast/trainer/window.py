@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grpo_fast.checks import fail
 from grpo_fast.models.packing import PackedBatch
+from grpo_fast.rollout.rollouts import Rollouts
 
 _PACKED = tuple(f.name for f in fields(PackedBatch))
 # belongs to an optimizer step, and is made anew for each
@@ -137,3 +138,23 @@ class Window:
         self.served = state["served"]
         loaded = [self.kind.from_state_dict(micro) for micro in state["micro_batches"]]
         self.micro_batches = [micro.to(self.device) for micro in loaded]
+
+
+def mask_of(rollouts: Rollouts, part: slice, packed: PackedBatch, whole: bool) -> Tensor | None:
+    """(N,) bool: written by the policy, and with `whole` in a completion that ended; None: all."""
+    device = packed.ids.device
+    mask = flat(rollouts.mask, part, torch.bool, device)
+    if whole and any(rollouts.truncated[part]):
+        kept = ~torch.tensor(rollouts.truncated[part], device=device)
+        kept = kept.repeat_interleave(packed.cu_seqlens.diff())
+        mask = kept if mask is None else mask & kept
+    return mask
+
+
+def flat(
+    values: list[list[Any]] | None, part: slice, dtype: torch.dtype, device: torch.device | str
+) -> Tensor | None:
+    """One number for each completion token of a micro-batch, (N,)."""
+    if values is None:
+        return None
+    return torch.tensor([v for row in values[part] for v in row], dtype=dtype, device=device)
