@@ -71,10 +71,11 @@ class HeadGradients:
             if self.main_grad is None or self.scale is not None:
                 rows = held_in(head, self.n, self.main_grad is not None)
                 kind = head.narrow if 0 < self.n <= rows else dtype
-                self.dweight = torch.empty(V, head.width, dtype=kind, device=device)
-                # one chunk needs no room of its own
+                # one chunk needs no room of its own, and what waits no narrow dweight yet
                 if rows > head.chunk_rows:
                     self.held = Held(head, rows)
+                if self.held is None or kind == dtype:
+                    self.dweight = torch.empty(V, head.width, dtype=kind, device=device)
         if self.needs.bias:
             self.dbias = zeros(V)
         if self.needs.lora_A:
@@ -96,6 +97,9 @@ class HeadGradients:
 
     def _add_held(self) -> None:
         """The product of the rows that have waited."""
+        if self.dweight is None:
+            like = self.head.weight
+            self.dweight = like.new_empty(like.shape[0], self.head.width)
         if self.held.used:
             dlogits, hidden = self.held.take()
             gemm.weight_gradient(dlogits, hidden, self.dweight, first=not self.summed)
