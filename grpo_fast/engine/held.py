@@ -3,7 +3,9 @@
 An fp32 dweight that every chunk adds to is written once, read and written again by every further
 chunk, and rounded at the end: 7 passes of 4 V H bytes and one of 6 for 4 chunks. Rows that wait as
 bf16 cost 2 bytes a logit, so up to 2H of them take no more memory than that accumulator, 4 V H,
-and dweight comes once, rounded once, straight from the fp32 sums of the product.
+and dweight comes once, rounded once, straight from the fp32 sums of the product. The peak, 6 V H
+bytes, is that of an accumulator and its rounded copy; only dhidden is still fp32 then, 2 N H bytes
+more, 67 MB beside 3.7 GB at N = 8192, H = 4096, V = 152k.
 """
 
 from __future__ import annotations
