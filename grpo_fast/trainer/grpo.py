@@ -115,7 +115,8 @@ class GRPOTrainer(RolloutTrainer):
         args = GRPOConfig(output_dir="grpo-output") if args is None else args
         datasets = check_arguments(args, train_dataset, eval_dataset, model, peft_config)
         tokenizer = tokenizer_of(model, processing_class, args)
-        self.rewards = rewards_of(reward_funcs, reward_processing_classes, args, datasets)
+        known = (reward_funcs, reward_processing_classes, args, datasets)
+        self.rewards = rewards_of(*known, complete=rollout_func is None)
         # an adapter starts from random weights
         set_seed(args.seed)
         model = policy_of(model, args, peft_config)
