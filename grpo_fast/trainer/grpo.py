@@ -40,7 +40,7 @@ from .kl import approximate_kl
 from .loop import Example, RolloutTrainer, StepCallback
 from .metrics import Metrics, add_rollouts, loss_metrics
 from .record import completion_of, table_of
-from .reporting import CORRECTED, Curves, MetricsFile, Progress
+from .reporting import CORRECTED, CURVES, Curves, MetricsFile, Progress
 from .sampler import check_prompts, is_conversational
 from .setup import (
     check_arguments,
@@ -86,7 +86,12 @@ class GRPOTrainer(RolloutTrainer):
 
     Raises:
         ValueError: for bad arguments, data, head or output folder, before any work.
+
+    Attributes:
+        curves: what curves.png shows, (metric, title) for each panel.
     """
+
+    curves: tuple[tuple[str, str], ...] = CURVES
 
     def __init__(
         self,
@@ -121,7 +126,11 @@ class GRPOTrainer(RolloutTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            callbacks=[MetricsFile(args.output_dir), Curves(args.output_dir), *(callbacks or [])],
+            callbacks=[
+                MetricsFile(args.output_dir),
+                Curves(args.output_dir, self.curves),
+                *(callbacks or []),
+            ],
             optimizers=optimizers,
         )
         # older transformers ask this instead of loss_is_scaled_for_ga, and before 5.8 Accelerate
@@ -206,11 +215,14 @@ class GRPOTrainer(RolloutTrainer):
         """Stage 4: packed micro-batches of this rank's rollouts, advantages (B,) beside them.
 
         old_logp is None when every use of the window falls in the optimizer step that sampled it:
-        the policy is then its own old policy.
+        the policy is then its own old policy. So it is where nothing asks for it.
         """
         size = self.args.per_device_eval_batch_size if evaluate else self._train_batch_size
-        old = not (evaluate or self.args.on_policy)
+        old = self.args.measures_old and not evaluate
         if rollouts.logp is not None:
+            if self.args.ratio_to != "old":
+                expected = "'old' with a sampler that gives its log-probs"
+                fail("ratio_to", expected, repr(self.args.ratio_to))
             logger.warning_once(CORRECTED, self.loss_config.rollout_correction)
         out = []
         for start in range(0, len(advantages), size):
@@ -255,6 +267,7 @@ class GRPOTrainer(RolloutTrainer):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the policy on hidden (N, H), and its metrics."""
         packed = micro.packed
+        below = micro.old_logp if self.args.ratio_to == "old" else micro.ref_logp
         loss, metrics, *terms = linear_policy_loss(
             hidden,
             head,
@@ -263,7 +276,7 @@ class GRPOTrainer(RolloutTrainer):
             config=self.current_loss_config(),
             mask=micro.mask,
             cu_seqlens=packed.cu_seqlens,
-            old_logp=micro.old_logp,
+            old_logp=below,
             ref_logp=micro.ref_logp,
             rollout_logp=micro.rollout_logp,
             denominator=micro.denominator,
@@ -350,6 +363,6 @@ class GRPOTrainer(RolloutTrainer):
     def named(self, values: dict[str, float], evaluate: bool = False) -> dict[str, float]:
         """TRL's names for the metrics."""
         named = {name: v for name, v in values.items() if not name.startswith("tokens/")}
-        ratios = not (evaluate or self.args.on_policy)
+        ratios = not (evaluate or self.args.on_policy) or self.args.ratio_to != "old"
         kl = self.reference is not None
         return {**named, **loss_metrics(values, self.loss_config.loss_type, kl, ratios)}

@@ -73,7 +73,7 @@ class RolloutTrainer(ResumableTrainer):
     @property
     def token_means(self) -> tuple[str, ...]:
         """Means over tokens that `loss` returns and that are logged."""
-        return (*MEANS, *(("approx_kl",) if self.args.target_kl is not None else ()))
+        return (*MEANS, *(("approx_kl",) if self.args.logs_approx_kl else ()))
 
     def _control_kl(self) -> None:
         args, stopped = self.args, self.args.target_kl is not None

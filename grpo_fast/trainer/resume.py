@@ -97,6 +97,8 @@ class ResumableTrainer(Trainer):
         "kl_horizon",
         "target_kl",
         "target_kl_to",
+        "ratio_to",
+        "log_kl",
         "disable_dropout",
         "shuffle_dataset",
         "seed",
