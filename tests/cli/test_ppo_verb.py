@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import tiny_trainer
@@ -71,8 +72,13 @@ def test_a_run_from_files(tiny_model, tmp_path, monkeypatch, capsys, critic):
     monkeypatch.chdir(tmp_path)
     rows = "".join(json.dumps(row) + "\n" for row in tiny_trainer.dataset())
     (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "ppo_rewards.py").write_text(
+        "def length(completions, **_):\n    return [float(len(text)) for text in completions]\n"
+    )
+    monkeypatch.delitem(sys.modules, "ppo_rewards", raising=False)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != ""])
     argv = ["ppo", "--model", tiny_model, "--dataset", "rows.jsonl", "--critic", critic]
-    argv += ["--reward", "rule:exact?column=target", "--output-dir", "out", *SMALL]
+    argv += ["--reward", "ppo_rewards:length", "--output-dir", "out", *SMALL]
     if critic == "separate":
         argv += ["--critic-model", tiny_model]
     assert main([*argv, "--save-strategy", "no"]) == 0, capsys.readouterr().err
