@@ -1,4 +1,4 @@
-"""What PPO makes of a window: rewards of tokens, advantages, value targets, and what is logged."""
+"""What PPO computes of a window: advantages, value targets, the value term, what is logged."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from grpo_fast.advantages import explained_variance, gae, length_lam, token_kl, token_rewards
+from grpo_fast.config import LossConfig
+from grpo_fast.objective.value import value_loss
+from grpo_fast.objective.weights import token_weights
 
 from .ppo_config import PPOConfig
 from .window import MicroBatch
@@ -41,6 +44,39 @@ def estimate(micro: MicroBatch, args: PPOConfig, kl_coef: float) -> MicroBatch:
     if args.value_lam is not None:
         _, returns = gae(rewards, micro.values, bounds, lam=args.value_lam, **given)
     return replace(micro, advantages=advantages, returns=returns, mask=mask)
+
+
+def value_term(
+    values: Tensor, micro: MicroBatch, args: PPOConfig, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The value loss of a micro-batch, weighted by its tokens as the policy's is, and its means.
+
+    Args:
+        values: (N,) of the critic now, with their graph.
+        micro: with returns and the values of the window.
+        config: of the policy's loss, whose weights these are.
+
+    Returns:
+        0-d, and the means over tokens `value_loss` and `value_clip_ratio`.
+    """
+    mask = torch.ones_like(values, dtype=torch.bool) if micro.mask is None else micro.mask
+    each, slope, binds = value_loss(
+        values.detach(),
+        micro.returns,
+        micro.values,
+        kind=args.value_loss,
+        cliprange=args.cliprange_value,
+        delta=args.huber_delta,
+    )
+    weight = token_weights(config, mask, micro.packed.cu_seqlens, micro.denominator)
+    # the difference is 0, and its derivative the slope
+    graph = each + slope * (values - values.detach())
+    loss = (weight * torch.where(mask, graph, torch.zeros_like(graph))).sum()
+    count = mask.sum().clamp(min=1)
+    means = {"value_loss": each, "value_clip_ratio": binds.float()}
+    return loss, {
+        name: torch.where(mask, v, torch.zeros_like(v)).sum() / count for name, v in means.items()
+    }
 
 
 class CriticReport(NamedTuple):

@@ -109,6 +109,7 @@ class GRPOTrainer(RolloutTrainer):
         args = GRPOConfig(output_dir="grpo-output") if args is None else args
         datasets = check_arguments(args, train_dataset, eval_dataset, model, peft_config)
         tokenizer = tokenizer_of(model, processing_class, args)
+        self.check_sources(model, tokenizer, args)
         self.rewards = rewards_of(reward_funcs, reward_processing_classes, args, datasets)
         # an adapter starts from random weights
         set_seed(args.seed)
@@ -145,6 +146,9 @@ class GRPOTrainer(RolloutTrainer):
         self._prepare_policy()
         # ranks that start from one seed would sample alike
         set_seed(args.seed, device_specific=True)
+
+    def check_sources(self, model: Any, tokenizer: Any, args: GRPOConfig) -> None:
+        """Refuse what a subclass would load beside the model, before anything is: nothing here."""
 
     def _prepare_policy(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

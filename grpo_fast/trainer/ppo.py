@@ -19,21 +19,22 @@ from grpo_fast.engine.logprob import linear_logprob
 from grpo_fast.models.critic import (
     NAME,
     add_critic,
+    check_source,
     load_critic,
     save_critic,
     separate_critic,
     shared_critic,
+    width_of,
     without_critic,
 )
 from grpo_fast.models.head import evaluating
+from grpo_fast.models.loading import config_of
 from grpo_fast.models.packing import PackedBatch, pack
-from grpo_fast.objective.value import value_loss
-from grpo_fast.objective.weights import token_weights
 from grpo_fast.rewards import weighted
 from grpo_fast.rollout.rollouts import Rollouts
 
 from .epochs import DealtBatch, DealtWindow
-from .estimates import critic_report, estimate, window_kl
+from .estimates import critic_report, estimate, value_term, window_kl
 from .grpo import GRPOTrainer
 from .ppo_config import PPOConfig
 from .reporting import CURVES
@@ -145,12 +146,21 @@ class PPOTrainer(GRPOTrainer):
             )
             self.stateful["window"] = self.window
 
+    def check_sources(self, model: Any, tokenizer: Any, args: PPOConfig) -> None:
+        """Refuse a critic of another tokenizer, kind or width before anything is loaded."""
+        if args.critic_model is None:
+            return
+        width = None
+        if args.critic == "shared":
+            width = width_of(config_of(model, args.model_init_kwargs))
+        check_source(args.critic_model, tokenizer, args.critic, width)
+
     def _prepare_policy(self) -> None:
         # the reference is copied here, so that it holds no critic
         super()._prepare_policy()
         args = self.args
         if args.critic == "shared":
-            critic = shared_critic(self.model, args.value_detach)
+            critic = shared_critic(self.model, args.value_detach, args.critic_model)
         else:
             critic = separate_critic(self.model, args.critic_model, self.processing_class)
         if args.disable_dropout:
@@ -304,37 +314,13 @@ class PPOTrainer(GRPOTrainer):
         def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
             rows = packed.select(hidden)
             actor, metrics = self.policy_loss(rows, head, micro)
-            value, own = self._value(self.critic(packed, rows), micro)
+            value, own = value_term(self.critic(packed, rows), micro, self.args, self.loss_config)
             if self.warming_up:
                 # a gradient of 0 for every parameter, which DDP waits for
                 actor = 0.0 * actor
             return actor + self.args.vf_coef * value, {**metrics, **own}
 
         return model(**packed.inputs(), head_fn=head_fn)
-
-    def _value(self, values: Tensor, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted value loss, with a graph to the values, and its means over tokens."""
-        args, mask = self.args, micro.mask
-        mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-        each, slope, binds = value_loss(
-            values.detach(),
-            micro.returns,
-            micro.values,
-            kind=args.value_loss,
-            cliprange=args.cliprange_value,
-            delta=args.huber_delta,
-        )
-        bounds = micro.packed.cu_seqlens
-        weight = token_weights(self.loss_config, mask, bounds, micro.denominator)
-        # the difference is 0, and its derivative the slope
-        graph = each + slope * (values - values.detach())
-        loss = (weight * torch.where(mask, graph, torch.zeros_like(graph))).sum()
-        count = mask.sum().clamp(min=1)
-        means = {"value_loss": each, "value_clip_ratio": binds.float()}
-        means = {
-            n: torch.where(mask, v, torch.zeros_like(v)).sum() / count for n, v in means.items()
-        }
-        return loss, means
 
     @property
     def warming_up(self) -> bool:
@@ -373,7 +359,7 @@ class PPOTrainer(GRPOTrainer):
         super()._save(output_dir, without_critic(state))
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
-            save_critic(self.critic, Path(folder) / NAME)
+            save_critic(self.critic, Path(folder) / NAME, self.processing_class)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from grpo_fast.advantages import KL_IN_REWARD
 from grpo_fast.checks import fail, is_number, nearest
 from grpo_fast.config import LossConfig
-from grpo_fast.models.critic import CRITICS
+from grpo_fast.models.critic import CRITICS, is_saved_critic
 from grpo_fast.objective.value import VALUE_LOSSES, check_value_loss
 
 from .config import GRPOConfig
@@ -83,7 +83,9 @@ class PPOConfig(GRPOConfig):
         False, "shared: keep the gradient of the values out of the policy's backbone."
     )
     critic_model: str | None = _option(
-        None, "separate: a checkpoint, of a reward model too; default: a copy of the policy."
+        None,
+        "The critic/ folder of a run, to start from. separate: also a checkpoint, of a reward "
+        "model too; default: a copy of the policy.",
     )
     value_loss: str = _option("mse", f"One of {', '.join(VALUE_LOSSES)}; the half is in both.")
     cliprange_value: float | None = _option(
@@ -209,7 +211,9 @@ class PPOConfig(GRPOConfig):
         if self.critic not in CRITICS:
             fail("critic", "a known kind", repr(self.critic), nearest(self.critic, CRITICS))
         if self.critic == "shared":
-            self._unused("critic_model", "with critic='shared'")
+            if self.critic_model is not None and not is_saved_critic(self.critic_model):
+                expected = "None, or the folder of a saved critic, with critic='shared'"
+                fail("critic_model", expected, repr(self.critic_model))
         else:
             self._unused("value_detach", "with critic='separate'")
         names = ("value_loss", "cliprange_value", "huber_delta")
