@@ -37,6 +37,7 @@ from grpo_fast.rollout.rollouts import Rollouts
 
 from .config import GRPOConfig
 from .kl import approximate_kl
+from .kl_reward import with_kl
 from .loop import Example, RolloutTrainer, StepCallback
 from .metrics import Metrics, add_rollouts, loss_metrics
 from .record import completion_of, table_of
@@ -210,8 +211,21 @@ class GRPOTrainer(RolloutTrainer):
         if self.args.multi_objective_aggregation == "normalize_then_sum":
             weights = self.rewards.weights
             return decoupled_advantages(rewards, weights, num_generations), total
+        if self.args.kl_in_reward:
+            # a reward still lacks its KL, see `prepare`
+            return total.flatten(), total
+        return self.of_groups(total), total
+
+    def of_groups(self, total: Tensor) -> Tensor:
+        """Rewards (P, G) -> advantages (B,), by the estimator of the options."""
         name, options = self.args.estimator
-        return advantages_of(name, total, **options).flatten(), total
+        return advantages_of(name, total, **options).flatten()
+
+    def prepare(self, micro_batches: list[MicroBatch], evaluate: bool = False) -> list[MicroBatch]:
+        """With kl_in_reward, advantages of the rewards minus the KL; else nothing."""
+        if not self.args.kl_in_reward or not micro_batches:
+            return micro_batches
+        return with_kl(self, micro_batches, evaluate)
 
     def batch(
         self, rollouts: Rollouts, advantages: Tensor, evaluate: bool = False

@@ -219,6 +219,10 @@ class KLOptions:
     ratio_to: str = option(
         "old", "Policy below the importance ratio: the 'old' one that sampled, or the 'reference'."
     )
+    kl_in_reward: bool = option(
+        False,
+        "beta takes the KL of each completion from its reward, in the place of that in the loss.",
+    )
     log_kl: bool = option(
         False,
         "Log the KL to the reference, at beta 0 too, and the approximate one to the old policy.",
@@ -242,7 +246,8 @@ class KLOptions:
     @property
     def measures_old(self) -> bool:
         """Whether a window needs the log-probs of the policy that sampled it."""
-        return not self.on_policy and (self.ratio_to == "old" or self.logs_approx_kl)
+        used = not self.on_policy and (self.ratio_to == "old" or self.logs_approx_kl)
+        return used or self.kl_in_reward
 
     def _check_ratio(self) -> None:
         if self.ratio_to == "old":
@@ -253,6 +258,22 @@ class KLOptions:
         if self.off_policy_mask_threshold is not None:
             expected = "None with ratio_to='reference', from which every policy moves away"
             fail("off_policy_mask_threshold", expected, repr(self.off_policy_mask_threshold))
+
+    def _check_kl_in_reward(self) -> None:
+        if not isinstance(self.kl_in_reward, bool):
+            fail("kl_in_reward", "a bool", repr(self.kl_in_reward))
+        if not self.kl_in_reward:
+            return
+        if self.beta == 0:
+            fail("kl_in_reward", "False with beta = 0, which is its coefficient", True)
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            expected = "False with normalize_then_sum, which has no reward of a completion"
+            fail("kl_in_reward", expected, True)
+        for name in ("kl_estimator", "kl_gradient", "use_bias_correction_kl"):
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                expected = f"{default!r} with kl_in_reward, since the loss has no KL"
+                fail(name, expected, repr(getattr(self, name)))
 
     def check_kl(self) -> None:
         """Refuse what cannot be honoured, once the sizes of the window are known.
@@ -267,6 +288,7 @@ class KLOptions:
             if value not in POLICIES:
                 fail(name, "a known policy", repr(value), nearest(value, POLICIES))
         self._check_ratio()
+        self._check_kl_in_reward()
         if self.target_kl is None:
             if self.target_kl_to != "old":
                 fail("target_kl_to", "'old' without target_kl", repr(self.target_kl_to))

@@ -205,7 +205,8 @@ class RolloutTrainer(ResumableTrainer):
 
     def current_loss_config(self) -> LossConfig:
         """The loss of this step: with the coefficient of a controller that moves beta."""
-        if self.args.kl_controller == "fixed" or self.args.kl_coefficient[0] != "beta":
+        in_loss = self.args.kl_coefficient[0] == "beta" and not self.args.kl_in_reward
+        if self.args.kl_controller == "fixed" or not in_loss:
             return self.loss_config
         return replace(self.loss_config, beta=self.kl.coefficient)
 
@@ -227,8 +228,11 @@ class RolloutTrainer(ResumableTrainer):
     def learn_kl(self, sums: dict[str, float] | None) -> None:
         """Tell the controller of the KL to the reference of the coming step, and log what it uses.
 
-        The coefficient that the step was made with is logged; the next one has the new one.
+        The coefficient that the step was made with is logged; the next one has the new one. With
+        kl_in_reward it has learned of the window already.
         """
+        if self.args.kl_in_reward:
+            return
         self.metrics.add("kl_coef", self.kl.coefficient)
         if sums and sums["completions"]:
             self.kl.update(sums["reference"] / sums["completions"], int(sums["completions"]))

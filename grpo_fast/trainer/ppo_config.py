@@ -149,6 +149,7 @@ class PPOConfig(GRPOConfig):
     def _check_groups(self) -> None:
         for name in _OF_GROUPS:
             self._unused(name, "with PPO, whose advantages come from its critic")
+        self._unused("kl_in_reward", "with PPO, where kl_coef is that of the reward")
         reason = "with PPO, whose advantages are those of tokens"
         self._unused("off_policy_mask_threshold", reason)
 
