@@ -97,6 +97,8 @@ class ResumableTrainer(Trainer):
         "kl_horizon",
         "target_kl",
         "target_kl_to",
+        "ratio_to",
+        "log_kl",
         "disable_dropout",
         "shuffle_dataset",
         "seed",
@@ -121,6 +123,9 @@ class ResumableTrainer(Trainer):
         """What must be the same for a checkpoint to be continued."""
         loss = {f"loss.{k}": v for k, v in asdict(self.loss_config).items()}
         settings = {name: getattr(self.args, name) for name in self.fingerprinted}
+        if self.args.kl_in_reward:
+            # the beta of the loss is 0 then
+            settings["kl_in_reward"] = self.args.beta
         return {
             **settings,
             **loss,
