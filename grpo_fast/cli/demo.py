@@ -71,7 +71,7 @@ PPO_DEFAULTS: dict[str, Any] = {
     "max_steps": 48,
     "kl_coef": 0.01,
     "value_detach": True,
-    "value_learning_rate": 1e-3,
+    "value_learning_rate": 1e-4,
 }
 
 
