@@ -68,7 +68,7 @@ PPO_DEFAULTS: dict[str, Any] = {
     "steps_per_generation": 2,
     "num_generations": 1,
     "num_iterations": 2,
-    "max_steps": 80,
+    "max_steps": 48,
     "kl_coef": 0.01,
     "value_detach": True,
     "value_learning_rate": 1e-4,

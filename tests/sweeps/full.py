@@ -53,8 +53,9 @@ SWEEPS: dict[str, Sweep] = {
         ("tests/sweeps/full_kills.py", "--numbers", "{numbers}"),
     ),
     "ppo": Sweep(
-        "On a toy, PPO with either critic and GRPO reach the same reward with three seeds, and the "
-        "critic explains more than 0.3 of the variance of the returns while it learns.",
+        "On a toy the reward of PPO with either critic, and of GRPO, rises from below 0.1 to above "
+        "0.8 with three seeds, and every critic explains more than 0.3 of the variance of the "
+        "returns while it learns.",
         ("tests/sweeps/full_ppo.py", "--numbers", "{numbers}"),
     ),
     "curves": Sweep(
