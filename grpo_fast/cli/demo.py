@@ -75,8 +75,11 @@ PPO_DEFAULTS: dict[str, Any] = {
 }
 
 
-def run(config: dict[str, Any], verb: str = "train") -> None:
+def run(config: dict[str, Any], verb: str = "train") -> int | None:
     """Train the demo's model; show held-out questions before and after, and where the files are.
+
+    Returns:
+        The signal that ended the run before its last step, None where it came to its end.
 
     Args:
         config: fields of the trainer's arguments that replace `DEFAULTS`, or `PPO_DEFAULTS`.
@@ -107,6 +110,8 @@ def run(config: dict[str, Any], verb: str = "train") -> None:
         print(f"  {before.example(row)}")
     print(flush=True)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.stopping.stopped is not None:
+        return trainer.stopping.stopped
     after = Probe(trainer, held_out)
     print(f"\nbefore training: {before.summary()}\nafter training:  {after.summary()}")
     for row in range(SHOWN):
@@ -120,6 +125,7 @@ def run(config: dict[str, Any], verb: str = "train") -> None:
     if args.log_completions:
         print(f"every completion with its reward: {output / 'completions'}")
     print(f"{time.perf_counter() - started:.0f} s in all")
+    return None
 
 
 def weights() -> tuple[Path, str]:

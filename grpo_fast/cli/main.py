@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 
 from grpo_fast import __version__
@@ -27,7 +28,7 @@ Each command has --help, e.g. grpo-fast plan --help. Errors are one sentence; --
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns 0, 1 (a failed self-test), 2 (an error) or 130 (Ctrl-C).
+    """Run one command; returns 0, 1 (a failed self-test), 2 (an error), 130 or 143 (a signal).
 
     Args:
         argv: the arguments after the program's name; None reads them from the process.
@@ -119,9 +120,27 @@ def _train(argv: list[str], verb: str = "train") -> int:
     if script.demo:
         from .demo import run
 
-        run(config, verb)
+        stopped = run(config, verb)
     else:
         from .train import train
 
-        train(script, config, verb)
-    return 0
+        stopped = train(script, config, verb)
+    if stopped is None:
+        return 0
+    print(f"go on with: {_again(verb, argv)}", file=sys.stderr)
+    return 128 + stopped
+
+
+def _again(verb: str, argv: list[str]) -> str:
+    """The command that resumes a run."""
+    kept, skip = [], False
+    for token in argv:
+        name = token.split("=")[0].replace("_", "-")
+        if name == "--resume-from-checkpoint":
+            skip = "=" not in token
+        elif not skip or token.startswith("--"):
+            kept.append(token)
+            skip = False
+        else:
+            skip = False
+    return shlex.join(["grpo-fast", verb, *kept, "--resume-from-checkpoint", "true"])

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def train(script: ScriptArguments, config: dict[str, Any], verb: str = "train") -> None:
+def train(script: ScriptArguments, config: dict[str, Any], verb: str = "train") -> int | None:
     """Train as the options say, save the model, and print where everything is.
+
+    Returns:
+        The signal that ended the run before its last step, None where it came to its end.
 
     Args:
         script: model, data and rewards.
@@ -42,9 +45,12 @@ def train(script: ScriptArguments, config: dict[str, Any], verb: str = "train") 
         peft_config=_lora(script),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.stopping.stopped is not None:
+        return trainer.stopping.stopped
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"model, metrics.jsonl, curves and checkpoints: {Path(args.output_dir).resolve()}")
+    return None
 
 
 def load_datasets(script: ScriptArguments, seed: int) -> tuple[Dataset, Dataset | None]:
