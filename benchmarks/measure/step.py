@@ -50,7 +50,7 @@ def reward(completions: list[str], solved: list[bool], **_: Any) -> list[float]:
 
 def _ours(case: StepCase, text: Text, settings: dict[str, Any], given: dict[str, Any]) -> Any:
     from grpo_fast import GRPOConfig, GRPOTrainer
-    from grpo_fast.trainer.reporting import Curves
+    from grpo_fast.trainer.curves import Curves
 
     table = dict(zip(text.prompts, text.completions, strict=True))
 

@@ -17,8 +17,8 @@ from transformers import GenerationConfig
 
 from grpo_fast.rewards import reasoning_gym_dataset, reasoning_gym_reward
 from grpo_fast.rollout.hf import generate
+from grpo_fast.trainer.completions import plain
 from grpo_fast.trainer.grpo import GRPOTrainer
-from grpo_fast.trainer.reporting import plain
 
 from .verbs import VERBS
 

@@ -72,6 +72,9 @@ class ScriptArguments:
         "JSON arguments of load_dataset, or size, seed and settings of the reasoning-gym task.",
     )
     eval_size: int = _option(0, "Hold out so many rows at the end of the dataset for evaluation.")
+    eval_dataset: str | None = _option(
+        None, "Rows to evaluate on, named as `dataset` is; in place of eval_size."
+    )
     prompt_column: str = _option("prompt", "Column with the prompts: strings or lists of messages.")
     chat: bool = _option(False, "Ask string prompts as a user message in the chat template.")
     reward: list[str] | None = _option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,10 +84,19 @@ def load_datasets(script: ScriptArguments, seed: int) -> tuple[Dataset, Dataset 
     if script.eval_size >= len(rows):
         expected = f"fewer than the {len(rows)} rows of the dataset"
         fail("eval_size", expected, script.eval_size)
+    if script.eval_dataset is not None:
+        if script.eval_size:
+            fail("eval_size", "0 beside an eval_dataset", script.eval_size)
+        return rows, load_datasets(_other(script), seed)[0]
     if script.eval_size == 0:
         return rows, None
     kept = len(rows) - script.eval_size
     return rows.select(range(kept)), rows.select(range(kept, len(rows)))
+
+
+def _other(script: ScriptArguments) -> ScriptArguments:
+    """The same columns and template, of the rows to evaluate on."""
+    return replace(script, dataset=script.eval_dataset, eval_dataset=None, eval_size=0)
 
 
 def load_rewards(script: ScriptArguments) -> list[Any]:

@@ -29,11 +29,13 @@ from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
 from grpo_fast.rollout.rollouts import Rollouts
 
+from .banner import Banner
 from .config import GRPOConfig
+from .curves import CURVES, Curves, Row
 from .kl import approximate_kl
 from .kl_reward import with_kl
 from .loop import Example, StepCallback
-from .reporting import CORRECTED, CURVES, Curves, MetricsFile, Progress
+from .reporting import CORRECTED, MetricsFile, Progress
 from .sampler import check_prompts, is_conversational
 from .samplers import (
     agreement,
@@ -96,7 +98,7 @@ class GRPOTrainer(ScoredTrainer):
         curves: what curves.png shows, (metric, title) for each panel.
     """
 
-    curves: tuple[tuple[str, str], ...] = CURVES
+    curves: tuple[Row, ...] = CURVES
 
     def __init__(
         self,
@@ -146,6 +148,7 @@ class GRPOTrainer(ScoredTrainer):
         self.model_accepts_loss_kwargs = True
         self.accelerator.gradient_accumulation_steps = 1
         self.add_callback(StepCallback(self))
+        self.add_callback(Banner(self))
         # not in a notebook, whose callback draws a table of its own
         if any(type(c) is ProgressCallback for c in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)

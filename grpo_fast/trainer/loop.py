@@ -21,9 +21,9 @@ from grpo_fast.objective import weights
 from grpo_fast.rewards.containment import generators_kept
 from grpo_fast.rollout.rollouts import Sampler
 
+from .completions import CompletionLog
 from .kl import KLController, KLStop, StepKL, make_controller
 from .metrics import MEANS, Metrics
-from .reporting import CompletionLog
 from .resume import ResumableTrainer
 from .sampler import ShardSampler, WindowSampler, check_dataset
 from .samplers import saved_on_failure, together
@@ -67,7 +67,7 @@ class RolloutTrainer(ResumableTrainer):
         steps, uses = self.args.steps_per_generation, self.args.window_uses
         self.window = Window(self.micro_batch, steps, uses, self.args.device)
         self.metrics = Metrics(self.args.device, self.token_means)
-        self.completions = CompletionLog()
+        self.completions, self.eval_completions = CompletionLog(), CompletionLog()
         self.stateful.update(window=self.window, metrics=self.metrics, completions=self.completions)
         self._control_kl()
 

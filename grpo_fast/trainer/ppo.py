@@ -33,11 +33,11 @@ from grpo_fast.models.packing import PackedBatch, pack
 from grpo_fast.rewards import weighted
 from grpo_fast.rollout.rollouts import Rollouts
 
+from .curves import CURVES
 from .epochs import DealtBatch, DealtWindow
 from .estimates import critic_report, estimate, value_term, window_kl
 from .grpo import GRPOTrainer
 from .ppo_config import PPOConfig
-from .reporting import CURVES
 from .resume import ResumableTrainer
 from .setup import disable_dropout
 from .window import MicroBatch

@@ -76,16 +76,16 @@ class ScoredTrainer(RolloutTrainer):
         if not evaluate:
             self.counters.tokens_seen += int(lengths.sum() + prompts.sum())
             metrics.add("num_tokens", self.counters.tokens_seen, "max")
-            if self.args.log_completions:
-                table = table_of(
-                    self.state.global_step + 1,
-                    [example["prompt"] for example in examples],
-                    self._texts(rollouts),
-                    dict(zip(self.rewards.names, rewards[local].T.tolist(), strict=True)),
-                    advantages[local].tolist(),
-                    self._extras,
-                )
-                self.completions.rows.extend(table)
+        if self.args.log_completions:
+            kept = self.eval_completions if evaluate else self.completions
+            kept.rows += table_of(
+                self.state.global_step + (not evaluate),
+                [example["prompt"] for example in examples],
+                self._texts(rollouts),
+                dict(zip(self.rewards.names, rewards[local].T.tolist(), strict=True)),
+                advantages[local].tolist(),
+                self._extras,
+            )
         return self.batch(rollouts, advantages[local], evaluate)
 
     def score(self, examples: list[Example], rollouts: Rollouts) -> Tensor:
@@ -130,6 +130,10 @@ class ScoredTrainer(RolloutTrainer):
                 folder = Path(self.args.output_dir) / "completions"
                 limit = self.args.num_completions_to_print
                 self.completions.flush(self.accelerator, folder, self.state.global_step, limit)
+        elif self.eval_completions.rows:
+            folder = Path(self.args.output_dir) / "completions"
+            step = self.state.global_step
+            self.eval_completions.flush(self.accelerator, folder, step, 0, "eval")
         super().log(logs, start_time)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -72,7 +72,19 @@ def check_arguments(
             hint = "rename the column if only rewards read it, or use TRL's trainer and our adapter"
             fail(name, "text alone, since the policy is shown no images", repr(unseen[0]), hint)
     check_writable(args.output_dir)
+    check_loggers(args.report_to)
     return datasets
+
+
+def check_loggers(report_to: list[str]) -> None:
+    """Refuse loggers whose package is missing, before the model is loaded."""
+    from transformers import integrations
+
+    for name in report_to:
+        # of unknown ones Trainer has a list
+        probe = getattr(integrations, f"is_{name}_available", None)
+        if probe is not None and not probe():
+            fail("report_to", "loggers that are installed", repr(name), f"pip install {name}")
 
 
 def check_writable(output_dir: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from tiny_trainer import Recording, dataset, model, spread_reward, tokenizer
 
 from grpo_fast import PPOConfig, PPOTrainer
-from grpo_fast.trainer.reporting import Curves
+from grpo_fast.trainer.curves import Curves
 
 
 class RecordingPPO(Recording, PPOTrainer):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from grpo_fast import GRPOConfig, GRPOTrainer
-from grpo_fast.trainer.reporting import Curves
+from grpo_fast.trainer.curves import Curves
 
 WORDS = [f"w{i}" for i in range(29)]
 VOCAB = ["<pad>", "<eos>", "<unk>", *WORDS]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 
 import pyarrow.parquet
 import pytest
 import torch
-from rich.console import Console
 from tiny_trainer import dataset, trainer
 
+from grpo_fast.trainer.completions import CompletionLog, plain, print_table, shortened
 from grpo_fast.trainer.metrics import Metrics, add_rollouts, loss_metrics
-from grpo_fast.trainer.reporting import CompletionLog, plain, print_table
 
 NAN = math.nan
 TRL_NAMES = {
@@ -144,14 +142,27 @@ def test_rollout_metrics_leave_unscorable_rewards_out():
         ("\x1b\x1b[31m[31m", "[31m"),
     ],
 )
-def test_model_text_cannot_steer_the_terminal(text, expected):
+def test_model_text_cannot_steer_the_terminal(text, expected, capsys):
     assert plain(text) == expected
-    screen = io.StringIO()
     rows = [{"prompt": text, "completion": "[red]not markup[/red]", "r": 0.123456, "step": 1}]
-    print_table(rows, 1, console=Console(file=screen, width=200))
-    shown = screen.getvalue()
+    print_table(rows, 1)
+    shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\r" not in shown and "[red]not markup[/red]" in shown
     assert "0.123" in shown
+
+
+def test_a_prompt_stands_once_above_its_group_and_long_text_is_shortened(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "begin " + "x" * 500 + " end"
+    rows = [
+        {"step": 1, "prompt": f"question {i // 2}", "completion": long, "r": 0.5} for i in range(4)
+    ]
+    print_table(rows, 1)
+    shown = capsys.readouterr().out
+    assert shown.count("question 0") == shown.count("question 1") == 1
+    assert "begin" in shown and "..." in shown and "end" in shown
+    assert max(map(len, shown.splitlines())) <= 80 and shown.count("x") < 4 * 200
+    assert shortened("short") == "short" and len(shortened(long, 50)) == 50
 
 
 def test_the_table_is_cut_and_the_parquet_file_is_not(tmp_path, capsys):
@@ -192,7 +203,11 @@ def test_a_run_reports_everything_under_trl_names(tmp_path, capsys):
     # the last step falls between two logs: the closing line has its metrics
     assert "train_runtime" in rows[3] and "reward" in rows[3]
     files = sorted(p.name for p in (tmp_path / "completions").iterdir())
-    assert files == [f"completions_0000{step}.parquet" for step in (2, 4, 5)]
+    names = [f"completions_0000{step}.parquet" for step in (2, 4, 5)]
+    assert files == [*names, "eval_00005.parquet"]
+    held = pyarrow.parquet.read_table(tmp_path / "completions" / files[-1]).to_pydict()
+    assert len(held["completion"]) == 8 and set(held["step"]) == {5}
+    assert rows[2]["eval_reward"] == pytest.approx(sum(held["count_w3"]) / 8)
     table = pyarrow.parquet.read_table(tmp_path / "completions" / files[0]).to_pydict()
     assert table["step"] == [1] * 4 + [2] * 4
     assert set(table) == {"step", "prompt", "completion", "count_w3", "advantage", "length"}
