@@ -35,7 +35,8 @@ def test_a_run_opens_and_closes_in_80_columns(tmp_path, capsys):
     assert "dapo, KL k3 x 0.1; route one_pass, at most 6.00 NHV" in " ".join(out.split())
     assert "done     4 steps in" in out and "held out reward" in out
     assert "metrics.jsonl, curves.png" in out
-    lines = [line for line in out.splitlines() if line[:9].strip() and "|" not in line]
+    names = ("model", "data", "loss", "folder", "versions", "done", "reward", "held out", "   ")
+    lines = [line for line in out.splitlines() if line.startswith(names) and "|" not in line]
     assert max(map(len, lines)) <= 80
     logs = [row["reward"] for row in run.state.log_history if "reward" in row]
     assert f"reward   {logs[0]:.3f} -> {logs[-1]:.3f}" in out
