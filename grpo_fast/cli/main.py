@@ -16,7 +16,7 @@ GRPO for language models through fused losses.
 
 commands:
   train    train a model; without options, the embedded demo
-  plan     which route the loss takes for a shape, its FLOPs and its bytes
+  plan     what fits on which GPUs; which route the loss takes for a shape
   doctor   which backend runs and why, versions, a numerical self-test
 """
 _EPILOG = f"""\

@@ -96,7 +96,8 @@ def estimate(architecture: Architecture, setup: Setup) -> StepPlan:
         rank=setup.rank if setup.adapter else 0,
         checkpointing=setup.checkpointing,
         autocast=setup.autocast,
-        tile=setup.tile,
+        # a part that is the whole changes nothing
+        tile=setup.tile if setup.tile is not None and setup.tile < setup.tokens else None,
     )
     return StepPlan(architecture, setup, _Step(architecture, setup, decoder).phases())
 
@@ -191,31 +192,52 @@ class _Step:
             "gathered": self._gathered(False),
             "activations": self.decoder.forward.at(tokens) + self._dequantized(),
             "masks": self._masks(),
-            "head": self._head(False),
+            "head": self._head(),
         }
 
     def _training(self, start: bool) -> dict[str, int]:
         setup, of, decoder = self.setup, self.of, self.decoder
         tokens = setup.tokens
-        layers = of.layers if start else 1
-        kept = decoder.kept(layers, tokens)
+        kept = decoder.kept(of.layers if start else 1, tokens)
         if setup.offload:
-            kept = decoder.kept(2, tokens)
+            kept = decoder.kept(min(2, of.layers) if start else 1, tokens)
+        transient = decoder.transient(tokens) + self._dequantized()
+        head = self._head_gradients() if start else 0
+        # checkpointed layers keep none of autocast's copies, which end with the forward; without
+        # checkpointing they are kept, and counted, with the layers
+        copies = self._copies() if start and setup.checkpointing else 0
+        # the head has its gradients before backward reaches a layer
+        if head + copies > transient:
+            transient = 0
+        else:
+            head = copies = 0
         held = self._always()
-        buckets = held.pop("gradients", 0)
-        whole = not start or setup.accumulation > 1
-        table = 0 if setup.adapter or start else self.counts.embeddings * self.grad_itemsize
-        # a second gradient of the table is made before it is added to the head's, or to an old one
-        doubled = table if (of.tied or setup.accumulation > 1) and self.shards == 1 else 0
+        gradients = held.pop("gradients", 0) + self._gradients(setup.accumulation > 1 or not start)
+        if not start:
+            gradients, kept, transient = self._last(gradients, kept, transient)
         return {
             **held,
-            "gradients": self._gradients(whole) + buckets + doubled,
-            "copies": self._copies(),
+            "gradients": gradients,
+            "copies": copies,
             "gathered": self._gathered(False),
-            "activations": kept + decoder.transient(tokens) + self._dequantized(),
+            "activations": kept + transient,
             "masks": self._masks(),
-            "head": self._head(start),
+            "head": self._head() + head,
         }
+
+    def _last(self, gradients: int, kept: int, transient: int) -> tuple[int, int, int]:
+        """The larger of two moments: the first layer's backward, without its own gradients and the
+        table's, and the table's, of which there are two where one was there before."""
+        if self.setup.adapter or self.shards > 1:
+            return gradients, kept, transient
+        table = self.counts.embeddings * self.grad_itemsize
+        second = self.setup.accumulation > 1
+        layer = self.counts.layer_parameters // self.of.layers * self.grad_itemsize
+        missing = 0 if second else layer + table * (not self.of.tied)
+        doubled = table if second or self.of.tied else 0
+        if kept + transient - missing > doubled:
+            return gradients - missing, kept, transient
+        return gradients + doubled, 0, 0
 
     def _copies(self) -> int:
         """bf16 copies of fp32 weights, which autocast keeps until its region ends."""
@@ -229,18 +251,19 @@ class _Step:
             return 0
         return self.counts.largest_linear * self.setup.compute_itemsize
 
-    def _head(self, gradients: bool) -> int:
+    def _head(self) -> int:
+        """Its workspace, which stays, and the copy of its weight that autocast multiplies."""
         setup, of = self.setup, self.of
         rows = setup.batch * setup.completion
         held = head_workspace(of.V, of.H, rows, setup.device, setup.workspace_bytes)
-        if setup.copies:
-            held += of.V * of.H * 2
-        if not gradients:
-            return held
-        # the rows that are selected, dhidden, and dweight where no gradient of that dtype is it
-        held += rows * of.H * (setup.compute_itemsize + _HEAD_DTYPE)
+        return held + (of.V * of.H * 2 if setup.copies else 0)
+
+    def _head_gradients(self) -> int:
+        """The rows that are selected, dhidden, and dweight where it does not become the gradient."""
+        setup, of = self.setup, self.of
+        rows = setup.batch * setup.completion * of.H * (setup.compute_itemsize + _HEAD_DTYPE)
         stolen = setup.accumulation == 1 and setup.weights == "fp32" and self.shards == 1
-        return held + (0 if setup.adapter or stolen else _HEAD_DTYPE * of.V * of.H)
+        return rows + (0 if setup.adapter or stolen else _HEAD_DTYPE * of.V * of.H)
 
     def _masks(self) -> int:
         """An additive mask of the rows in the dtype of the model, and the bool one it is of."""

@@ -38,6 +38,7 @@ from grpo_fast.rollout.rollouts import Rollouts
 from .config import GRPOConfig
 from .kl import approximate_kl
 from .loop import Example, RolloutTrainer, StepCallback
+from .memory import MemoryNotices, rounding_optimizer
 from .metrics import Metrics, add_rollouts, loss_metrics
 from .record import completion_of, table_of
 from .reporting import CORRECTED, Curves, MetricsFile, Progress
@@ -129,6 +130,8 @@ class GRPOTrainer(RolloutTrainer):
         self.model_accepts_loss_kwargs = True
         self.accelerator.gradient_accumulation_steps = 1
         self.add_callback(StepCallback(self))
+        self.add_callback(MemoryNotices())
+        self.optimizer_cls_and_kwargs = rounding_optimizer(args)
         # not in a notebook, whose callback draws a table of its own
         if any(type(c) is ProgressCallback for c in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)

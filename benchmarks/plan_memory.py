@@ -1,0 +1,95 @@
+"""The planner against what a step holds: `python -m benchmarks.plan_memory [--write]`.
+
+Twelve set-ups of a Qwen3 of 27 M parameters train for two steps of `GRPOTrainer` on this CPU, each
+in a process of its own, and their peak resident memory above the interpreter is compared with what
+`grpo_fast.plan` says from the config alone. `--write` keeps the figures in
+benchmarks/results/plan/cpu.json, which tests/plan/test_step.py holds to 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+from grpo_fast.cli.measure import measure
+from grpo_fast.cli.step import totals
+from grpo_fast.plan.architecture import of_config
+from grpo_fast.plan.setup import Setup
+from grpo_fast.plan.step import estimate
+
+RESULT = Path(__file__).parent / "results" / "plan" / "cpu.json"
+SHAPE = {
+    "vocab_size": 8000,
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 2048,
+}
+BASE = {
+    "batch": 4,
+    "accumulation": 2,
+    "generations": 4,
+    "prompt": 128,
+    "completion": 128,
+    "device": "cpu",
+    "workspace_bytes": 64 << 20,
+}
+CKPT = {"checkpointing": True}
+# what differs from BASE; two ranks are data parallel over gloo
+CASES: dict[str, dict] = {
+    "full": {},
+    "full, checkpointing": CKPT,
+    "full, one micro-batch": {"batch": 8, "accumulation": 1},
+    "full, reference": {"beta": 0.1},
+    "full, sgd, checkpointing, tiled MLP": {**CKPT, "optimizer": "sgd", "batch": 8,
+                                            "accumulation": 1, "tile": 256},
+    "full, 2 ranks": {"ranks": 2},
+    "full, 2 ranks, checkpointing": {"ranks": 2, **CKPT},
+    "lora": {"method": "lora"},
+    "lora, checkpointing": {"method": "lora", **CKPT, "batch": 8, "accumulation": 1},
+    "lora, 2 ranks": {"method": "lora", "ranks": 2},
+    "nf4": {"method": "qlora"},
+    "nf4, checkpointing": {"method": "qlora", **CKPT, "batch": 8, "accumulation": 1},
+}  # fmt: skip
+
+
+def architecture():
+    """The model that is measured."""
+    return of_config(transformers.Qwen3Config(**SHAPE), "a Qwen3 of 27 M parameters")
+
+
+def main() -> None:
+    """Measure, print, and keep what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="cases with this text in their name")
+    parser.add_argument("--write", action="store_true")
+    asked = parser.parse_args()
+    rows, model = {}, architecture()
+    for name, changed in CASES.items():
+        if asked.only and asked.only not in name:
+            continue
+        setup = Setup(**{**BASE, **changed})
+        plan = estimate(model, setup)
+        measured, planned = measure(model, setup), totals(plan)
+        rows[name] = {"planned": planned, "measured": measured, "phases": plan.phases}
+        ratio = planned["step"] / measured["step"]
+        print(f"{name:40s} {planned['step'] / 2**20:6.0f} {measured['step'] / 2**20:6.0f} MiB "
+              f"{ratio:.3f}", flush=True)  # fmt: skip
+    if asked.write:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        about = {"machine": f"{platform.machine()} CPU, one thread", **versions}
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(json.dumps({"about": about, "cases": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
