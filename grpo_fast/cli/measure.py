@@ -201,6 +201,9 @@ def _worker(folder: str) -> None:
         from peft import LoraConfig
 
         adapter = LoraConfig(r=setup.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    if setup.method == "qlora":
+        # what a library takes is no memory of the model
+        import bitsandbytes  # noqa: F401
     tokenizer = _tokenizer(config.vocab_size)
     _warm_up()
     peak, peaks = _Peak(), {}

@@ -53,7 +53,7 @@ def test_the_same_outputs_and_gradients(family, tile):
         assert torch.equal(got[0], expected[0])
     for name, grad in expected[1].items():
         scale = max(grad.abs().max(), 1e-3 * max(g.abs().max() for g in expected[1].values()))
-        assert (got[1][name] - grad).abs().max() <= 1e-6 * scale, name
+        assert (got[1][name] - grad).abs().max() <= 2e-6 * scale, name
 
 
 def test_bytes_that_are_not_kept():
