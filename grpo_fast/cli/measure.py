@@ -226,10 +226,13 @@ def _worker(folder: str) -> None:
 
     words = [f"w{2 + (7 * i) % (config.vocab_size - 2)}" for i in range(setup.prompt)]
     rows = [{"prompt": " ".join(words[i:] + words[:i])} for i in range(8)]
+    arguments = _arguments(setup, folder)
+    if "share_prompts" in GRPOConfig.__dataclass_fields__:
+        arguments["share_prompts"] = setup.share_prompts
     run = Watched(
         _model(config, setup, folder),
         _reward,
-        GRPOConfig(**_arguments(setup, folder)),
+        GRPOConfig(**arguments),
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=adapter,

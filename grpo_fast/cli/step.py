@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mlp-tile", type=int, help="only with MLPs of so many tokens at once")
     add("--attention", choices=("flash", "sdpa"), default="flash",
         help="sdpa: packed rows of short sequences need a mask")  # fmt: skip
+    add("--share-prompts", action="store_true", help="prompts are computed once for a group")
     add("--workspace-bytes", type=int, help="budget of the logits; default: the loss's own")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: fp32, no autocast")
     add("--measure", action="store_true", help="run one method on this machine, and compare")
@@ -132,6 +133,7 @@ def _setup(asked: argparse.Namespace, room: Devices) -> Setup:
         beta=asked.beta,
         critic=asked.critic,
         masks=asked.attention == "sdpa",
+        share_prompts=asked.share_prompts,
         workspace_bytes=asked.workspace_bytes,
         device=asked.device,
     )

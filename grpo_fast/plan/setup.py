@@ -44,6 +44,8 @@ class Setup:
         critic: of PPO: "none", "shared" (a head on the policy) or "separate" (another model).
         masks: packed rows of several sequences need an additive mask (sdpa and eager attention
             for sequences under half a row); flash attention and rows of one sequence need none.
+        share_prompts: a prompt is computed once for the completions of a group that are in one
+            micro-batch.
         workspace_bytes: budget of the logits.
         device: "cuda" or "cpu".
 
@@ -70,6 +72,7 @@ class Setup:
     beta: float = 0.0
     critic: str = "none"
     masks: bool = False
+    share_prompts: bool = False
     workspace_bytes: int | None = None
     device: str = "cuda"
 
@@ -104,8 +107,11 @@ class Setup:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.batch * self.length
+        """Tokens of a micro-batch that the backbone computes."""
+        if not self.share_prompts:
+            return self.batch * self.length
+        groups = -(-self.batch // self.generations)
+        return groups * self.prompt + self.batch * (self.completion - 1)
 
     @property
     def at_once(self) -> int:

@@ -49,7 +49,8 @@ def options_of(plan: StepPlan) -> dict[str, Any]:
     if setup.workspace_bytes is not None:
         options["workspace_bytes"] = setup.workspace_bytes
     if setup.sharding == "fsdp2":
-        options["fsdp"] = True
+        # any truth switches it on; the strategy is in fsdp_config
+        options["fsdp"] = "full_shard"
         options["fsdp_config"] = {
             "version": 2,
             "auto_wrap_policy": _WRAP,

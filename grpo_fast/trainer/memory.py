@@ -173,6 +173,7 @@ def setup_of(args: GRPOConfig, model: nn.Module, prompt: int) -> Setup:
         tile=args.mlp_tile,
         optimizer=known if known in OPTIMIZERS else "sgd" if "sgd" in optim else "adamw",
         beta=args.beta,
+        share_prompts=bool(getattr(args, "share_prompts", False)),
         workspace_bytes=args.workspace_bytes,
         device="cuda" if args.device.type == "cuda" else "cpu",
     )
