@@ -3,7 +3,8 @@
 Twelve set-ups of a Qwen3 of 27 M parameters train for two steps of `GRPOTrainer` on this CPU, each
 in a process of its own, and their peak resident memory above the interpreter is compared with what
 `grpo_fast.plan` says from the config alone. `--write` keeps the figures in
-benchmarks/results/plan/cpu.json, which tests/plan/test_step.py holds to 10 %.
+benchmarks/results/plan/cpu.json, which tests/plan/test_step.py holds to 10 %, and writes the table of
+docs/memory.md.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ from grpo_fast.plan.setup import Setup
 from grpo_fast.plan.step import estimate
 
 RESULT = Path(__file__).parent / "results" / "plan" / "cpu.json"
+PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
+MARKS = (
+    "<!-- written by `python -m benchmarks.plan_memory --write` -->\n",
+    "<!-- end of table -->",
+)
 SHAPE = {
     "vocab_size": 8000,
     "hidden_size": 512,
@@ -67,6 +73,20 @@ def architecture():
     return of_config(transformers.Qwen3Config(**SHAPE), "a Qwen3 of 27 M parameters")
 
 
+def table(cases: dict[str, dict]) -> str:
+    """The figures as Markdown.
+
+    Args:
+        cases: of the result file.
+    """
+    rows = ["| set-up | planned MiB | measured MiB | planned / measured |", "|---|---|---|---|"]
+    for name, case in cases.items():
+        planned, measured = case["planned"]["step"], case["measured"]["step"]
+        sizes = f"{planned / 2**20:.0f} | {measured / 2**20:.0f}"
+        rows.append(f"| {name} | {sizes} | {planned / measured:.2f} |")
+    return "\n".join(rows) + "\n"
+
+
 def main() -> None:
     """Measure, print, and keep what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -88,7 +108,12 @@ def main() -> None:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         about = {"machine": f"{platform.machine()} CPU, one thread", **versions}
         RESULT.parent.mkdir(parents=True, exist_ok=True)
+        if asked.only:
+            rows = {**json.loads(RESULT.read_text())["cases"], **rows}
         RESULT.write_text(json.dumps({"about": about, "cases": rows}, indent=1) + "\n")
+        before, rest = PAGE.read_text().split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        PAGE.write_text(before + MARKS[0] + table(rows) + MARKS[1] + after)
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def _attention(
         fail("model", "a forward inside sequence_parallel(...)", "one outside")
     now = _NOW[-1]
     query, key, value = (_exchange(t, 1, 2, now.group) for t in (query, key, value))
-    # one call for each sequence, causal and without a mask, whose L x L pairs would outgrow the rest
+    # one call for each sequence, causal and without a mask, whose L x L pairs would be the most
     options = {"dropout_p": dropout, "scale": scaling, "is_causal": True}
     options["enable_gqa"] = query.shape[1] != key.shape[1]
     rows = []

@@ -77,9 +77,7 @@ def _ways(setup: Setup) -> list[Setup]:
 def _fit(architecture: Architecture, setup: Setup, devices: Devices) -> Candidate:
     sequences = setup.batch * setup.accumulation
     for batch in (b for b in range(sequences, 0, -1) if sequences % b == 0):
-        plan = estimate(
-            architecture, replace(setup, batch=batch, accumulation=sequences // batch)
-        )
+        plan = estimate(architecture, replace(setup, batch=batch, accumulation=sequences // batch))
         if plan.fits(devices):
             return Candidate(plan, True, largest_context(architecture, setup, devices))
     return Candidate(plan, False, largest_context(architecture, setup, devices))

@@ -259,7 +259,7 @@ class _Step:
         return held + (of.V * of.H * 2 if setup.copies else 0)
 
     def _head_gradients(self) -> int:
-        """The rows that are selected, dhidden, and dweight where it does not become the gradient."""
+        """The selected rows, dhidden, and dweight where it does not become the gradient."""
         setup, of = self.setup, self.of
         rows = setup.batch * setup.completion * of.H * (setup.compute_itemsize + _HEAD_DTYPE)
         stolen = setup.accumulation == 1 and setup.weights == "fp32" and self.shards == 1

@@ -136,7 +136,9 @@ def _costs(
         for layers in (2, 3)
     )
     # both lengths of a line are beyond the tile, or neither is
-    few, many = ((n, 2 * n) for n in (_FEW if tile is None else 2 * tile, max(_MANY, 4 * (tile or 0))))
+    few, many = (
+        (n, 2 * n) for n in (_FEW if tile is None else 2 * tile, max(_MANY, 4 * (tile or 0)))
+    )
     kept2, kept3 = (Line.through(few, [c.kept(T) for T in few]) for c in (two, three))
     layer = kept3 - kept2
     transients = tuple(Line.through(at, [three.transient(T) for T in at]) for at in (few, many))

@@ -49,7 +49,7 @@ def options_of(plan: StepPlan) -> dict[str, Any]:
     if setup.workspace_bytes is not None:
         options["workspace_bytes"] = setup.workspace_bytes
     if setup.sharding == "fsdp2":
-        # any truth switches it on; the strategy is in fsdp_config
+        # a command line has no other way than this older name to switch it on
         options["fsdp"] = "full_shard"
         options["fsdp_config"] = {
             "version": 2,
@@ -68,8 +68,8 @@ def as_yaml(plan: StepPlan, dataset: str | None = None, reward: str | None = Non
     """
     setup = plan.setup
     lines = [
-        f"# {setup.method} of {plan.architecture.name}: {plan.total / 2**30:.1f} GiB planned on each "
-        f"of {setup.ranks}",
+        f"# {setup.method} of {plan.architecture.name}: {plan.total / 2**30:.1f} GiB planned on "
+        f"each of {setup.ranks}",
         f"# for prompts of up to {setup.prompt} and completions of up to {setup.completion} tokens",
     ]
     if setup.ranks > 1:

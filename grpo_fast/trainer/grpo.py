@@ -130,7 +130,7 @@ class GRPOTrainer(RolloutTrainer):
         self.model_accepts_loss_kwargs = True
         self.accelerator.gradient_accumulation_steps = 1
         self.add_callback(StepCallback(self))
-        self.add_callback(MemoryNotices())
+        self.add_callback(MemoryNotices(self))
         self.optimizer_cls_and_kwargs = rounding_optimizer(args)
         # not in a notebook, whose callback draws a table of its own
         if any(type(c) is ProgressCallback for c in self.callback_handler.callbacks):

@@ -68,7 +68,10 @@ def _check_parallelism(config: Any) -> None:
     ulysses = "grpo_fast.models.sequence_parallel splits packed rows."
     for name, hint in (
         # its hooks drop the mask and force is_causal
-        ("cp_size", f"ring attention lets packed sequences see their neighbours, silently; {ulysses}"),
+        (
+            "cp_size",
+            f"ring attention lets packed sequences see their neighbours, silently; {ulysses}",
+        ),
         ("sp_size", f"accelerate's Ulysses computes a loss of labels itself; {ulysses}"),
         ("tp_size", "the ranks of a tensor-parallel group would each draw prompts of their own."),
     ):

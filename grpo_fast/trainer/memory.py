@@ -27,6 +27,8 @@ logger = logging.get_logger(__name__)
 _STILL = 0.1
 # weights that are looked at, of each tensor
 _SAMPLE = 4096
+# prompts that are looked at before the first step
+_PROMPTS = 64
 # share of the device beyond which a run is about to fail
 _FULL = 0.95
 
@@ -173,6 +175,7 @@ def setup_of(args: GRPOConfig, model: nn.Module, prompt: int) -> Setup:
         tile=args.mlp_tile,
         optimizer=known if known in OPTIMIZERS else "sgd" if "sgd" in optim else "adamw",
         beta=args.beta,
+        critic=getattr(args, "critic", "none"),
         share_prompts=bool(getattr(args, "share_prompts", False)),
         workspace_bytes=args.workspace_bytes,
         device="cuda" if args.device.type == "cuda" else "cpu",
@@ -196,11 +199,17 @@ class MemoryNotices(TrainerCallback):
     the run when the device is almost full.
 
     Args:
-        prompt: tokens of the longest prompt, as far as it is known.
+        trainer: has `encode` and `train_dataset`.
     """
 
-    def __init__(self, prompt: int = 1) -> None:
-        self.prompt = prompt
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def longest_prompt(self) -> int:
+        """Tokens of the longest of the first prompts: all of a data set would take too long."""
+        data = self.trainer.train_dataset
+        some = range(0 if data is None else min(_PROMPTS, len(data)))
+        return max((len(self.trainer.encode(data[i]["prompt"])) for i in some), default=1)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step."""
@@ -219,7 +228,7 @@ class MemoryNotices(TrainerCallback):
             self._compare(args, model, torch.cuda.mem_get_info(args.device)[1])
 
     def _compare(self, args: Any, model: nn.Module, there: int) -> None:
-        plan = plan_of(args, model, self.prompt)
+        plan = plan_of(args, model, self.longest_prompt())
         if plan is not None and plan.total > _FULL * there:
             logger.warning(
                 f"this run is about to exceed the device: {plan.total / GIB:.1f} GiB planned, "

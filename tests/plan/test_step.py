@@ -10,7 +10,7 @@ import torch
 import transformers
 from plan_cases import QWEN3_8B, QWEN3_8B_PARAMETERS, kept_by_formula, written
 
-from benchmarks.plan_memory import BASE, CASES, RESULT, architecture
+from benchmarks.plan_memory import BASE, CASES, PAGE, RESULT, architecture, table
 from grpo_fast.cli.measure import measure
 from grpo_fast.cli.step import totals
 from grpo_fast.plan.architecture import VERIFIED, of_config, read
@@ -78,9 +78,7 @@ def test_a_layer_keeps_what_a_real_forward_does(dtype, rank):
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         model = transformers.AutoModelForCausalLM.from_config(of, dtype=kind)
         if rank:
-            adapter = peft.LoraConfig(
-                r=rank, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
+            adapter = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
             peft.get_peft_model(model, adapter)
         real.append(saved(model.get_decoder().train(), 256))
     counted = costs(of_config(config("Qwen3")), dtype=dtype, rank=rank).layer.at(256)
@@ -201,6 +199,10 @@ def test_within_ten_percent_of_what_was_measured(case):
     assert planned == pytest.approx(measured, rel=0.1)
 
 
+def test_the_page_has_the_figures():
+    assert table(json.loads(RESULT.read_text())["cases"]) in PAGE.read_text()
+
+
 @pytest.mark.slow
 def test_within_ten_percent_of_what_is_measured_here():
     setup = Setup(**{**BASE, "method": "lora", "checkpointing": True})
@@ -237,9 +239,7 @@ def test_reads_a_folder_a_file_and_says_what_is_wrong(tmp_path):
 
 def test_a_family_that_cannot_be_counted_is_refused():
     of = of_config(
-        transformers.MixtralConfig(
-            **{**SHAPE, "num_local_experts": 4}, max_position_embeddings=64
-        )
+        transformers.MixtralConfig(**{**SHAPE, "num_local_experts": 4}, max_position_embeddings=64)
     )
     with pytest.raises(ValueError, match="MODEL: expected a family whose layers can be counted"):
         costs(of)

@@ -45,13 +45,13 @@ def kept_by_formula(config: Any, dtype: str) -> float:
     head; each product keeps its input, SiLU and the gate's product theirs; attention q, k, v, its
     output and a log-sum-exp.
     """
-    H, I = config.hidden_size, config.intermediate_size
+    H, width = config.hidden_size, config.intermediate_size
     heads, kv = config.num_attention_heads, config.num_key_value_heads
     D = getattr(config, "head_dim", None) or H // heads
     Q, KV = heads * D, kv * D
     normed = config.model_type == "qwen3"
     if dtype == "fp32":
         small = 4 * heads + 2 * 4 + (4 * (heads + kv) if normed else 0)
-        return 24 * H + 16 * I + (16 if normed else 8) * (Q + KV) + small
+        return 24 * H + 16 * width + (16 if normed else 8) * (Q + KV) + small
     small = 4 * heads + 2 * 4 + (4 * (heads + kv) if normed else 0)
-    return 16 * H + 8 * I + (10 if normed else 4) * (Q + KV) + small
+    return 16 * H + 8 * width + (10 if normed else 4) * (Q + KV) + small

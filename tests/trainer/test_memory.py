@@ -74,7 +74,9 @@ def test_the_spacing_of_both_16_bit_types():
 
 def test_a_plan_that_exceeds_the_device_is_said(tmp_path, said):
     run = trainer(tmp_path)
-    notices = MemoryNotices(prompt=5)
+    notices = MemoryNotices(run)
+    # the prompts of tiny_trainer have two to five words
+    assert notices.longest_prompt() == 5
     plan = plan_of(run.args, run.model, 5)
     assert plan.total > 1 << 20
     notices._compare(run.args, run.model, plan.total * 2)
