@@ -3,8 +3,8 @@
 Twelve set-ups of a Qwen3 of 27 M parameters train for two steps of `GRPOTrainer` on this CPU, each
 in a process of its own, and their peak resident memory above the interpreter is compared with what
 `grpo_fast.plan` says from the config alone. `--write` keeps the figures in
-benchmarks/results/plan/cpu.json, which tests/plan/test_step.py holds to 10 %, and writes the table of
-docs/memory.md.
+benchmarks/results/plan/cpu.json, which tests/plan/test_step.py holds to 10 %, and writes the table
+of docs/memory.md.
 """
 
 from __future__ import annotations

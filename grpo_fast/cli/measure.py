@@ -132,7 +132,12 @@ def _model(config: Any, setup: Setup, folder: str) -> Any:
     path = Path(folder, f"weights{rank}")
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(path)
     options = {"quantization_config": quantization_config("nf4", dtype), "dtype": dtype}
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    # what stays fp32 lies in the mapped file, whose pages would all count while one is held
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def _tokenizer(vocab: int) -> Any:

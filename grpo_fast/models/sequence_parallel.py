@@ -121,17 +121,21 @@ def split(batch: PackedBatch, rank: int, world: int) -> Shard:
     )
 
 
-def check_sequence_parallel(model: nn.Module, world: int, config: LossConfig | None = None) -> None:
+def check_sequence_parallel(
+    model: nn.Module, world: int, config: LossConfig | None = None, rollout: bool = False
+) -> None:
     """Refuse what a split sequence would make wrong.
 
     Args:
         model: the model, wrapped or not.
         world: ranks of the sequence-parallel group.
         config: the loss; None: not looked at.
+        rollout: whether the sampler's log-probs are given.
 
     Raises:
         ValueError: `world` does not divide the heads or the key-value heads; a layer has a sliding
-            window or no softmax attention; or the loss has a ratio of whole sequences.
+            window or no softmax attention; or the loss looks at whole sequences: their ratio, their
+            length (sequence_mean), or a correction of them.
     """
     text = innermost(model).config.get_text_config(decoder=True)
     kv = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
@@ -147,11 +151,17 @@ def check_sequence_parallel(model: nn.Module, world: int, config: LossConfig | N
     hint = "its tokens lie on several ranks; use a token-level loss."
     if config.level != "token":
         fail("importance_sampling_level", "token with sequence parallelism", config.level, hint)
+    if config.weights == "sequence_mean":
+        expected = "token_mean, sequence_sum or constant_length with sequence parallelism"
+        fail("aggregation", expected, "sequence_mean", "a length is spread over the ranks.")
     if config.top_entropy_quantile < 1.0:
         fail("top_entropy_quantile", "1 with sequence parallelism", config.top_entropy_quantile)
     if config.off_policy_mask_threshold is not None:
         got = config.off_policy_mask_threshold
         fail("off_policy_mask_threshold", "None with sequence parallelism", got, hint)
+    if rollout and not config.rollout_correction.startswith("token"):
+        got = config.rollout_correction
+        fail("rollout_correction", "one of tokens with sequence parallelism", got, hint)
 
 
 @contextmanager

@@ -51,10 +51,18 @@ def test_every_token_is_predicted_on_one_rank(world):
         ("Qwen3", 4, {}, "world: expected a divisor of the 2 key-value heads, got 4"),
         ("Gemma2", 2, {}, "expected full attention in every layer, got sliding_attention"),
         ("Qwen3", 2, {"loss_type": "gspo"}, "importance_sampling_level: expected token with seq"),
+        ("Qwen3", 2, {"loss_type": "grpo"}, "aggregation: expected token_mean, sequence_sum or"),
+        ("Qwen3", 2, {}, "rollout_correction: expected one of tokens with sequence"),
         ("Qwen3", 2, {"top_entropy_quantile": 0.2}, "top_entropy_quantile: expected 1 with"),
         ("Qwen3", 2, {"off_policy_mask_threshold": 1.0}, "off_policy_mask_threshold: expected"),
     ],
 )
 def test_refuses(family, world, loss, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check_sequence_parallel(tiny(family), world, LossConfig(**loss))
+        given = LossConfig(**{"loss_type": "dapo", **loss})
+        check_sequence_parallel(tiny(family), world, given, rollout=True)
+
+
+def test_takes_token_losses():
+    for options in ({"loss_type": "dapo"}, {"loss_type": "dr_grpo", "max_completion_length": 9}):
+        check_sequence_parallel(tiny("Qwen3"), 2, LossConfig(**options))

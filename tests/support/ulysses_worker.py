@@ -12,10 +12,14 @@ import torch
 import torch.distributed as dist
 from tiny import lora, tiny
 
-from grpo_fast import LossConfig, linear_policy_loss
+from grpo_fast import LossConfig, denominator_count, linear_policy_loss
 from grpo_fast.models.packing import pack
 from grpo_fast.models.policy import attach
-from grpo_fast.models.sequence_parallel import sequence_parallel, split
+from grpo_fast.models.sequence_parallel import (
+    check_sequence_parallel,
+    sequence_parallel,
+    split,
+)
 
 # the second row splits a sequence of 17 tokens between the ranks, wherever they are two
 PROMPTS = [[5, 6, 7], [8, 9], [11, 3, 4, 5, 6], [12], [13, 14, 15, 16]]
@@ -24,7 +28,8 @@ COMPLETIONS = [[20 + i for i in range(n)] for n in (9, 15, 4, 1, 6)]
 
 def both(model, row_length, **options):
     """(loss, gradients) of whole rows, and of this rank's slice summed over the ranks."""
-    config = LossConfig(loss_type="dapo", **options)
+    config = LossConfig(**{"loss_type": "dapo", **options})
+    check_sequence_parallel(model, dist.get_world_size(), config)
     batch = pack(PROMPTS, COMPLETIONS, pad_id=0, row_length=row_length, device="cpu")
     g = torch.Generator().manual_seed(2)
     N = len(batch.ids)
@@ -34,7 +39,7 @@ def both(model, row_length, **options):
         "ref_logp": -4.5 + 0.2 * torch.randn(N, generator=g),
         "mask": torch.rand(N, generator=g) > 0.2,
     }
-    denominator = per_token["mask"].sum().float()
+    denominator = denominator_count(config, per_token["mask"], batch.cu_seqlens).float()
 
     def head(part, advantages, tokens, **more):
         def fn(hidden, weight):
@@ -98,6 +103,12 @@ def with_a_kl_and_checkpointing():
     agree(model, beta=0.1)
 
 
+def a_constant_length():
+    model = tiny("Llama")
+    attach(model)
+    agree(model, loss_type="dr_grpo", max_completion_length=16)
+
+
 def an_adapter():
     # the ranks draw one adapter
     torch.manual_seed(0)
@@ -110,6 +121,7 @@ CHECKS = (
     rows_split_in_a_sequence,
     one_row_of_an_uneven_length,
     with_a_kl_and_checkpointing,
+    a_constant_length,
     an_adapter,
 )
 
