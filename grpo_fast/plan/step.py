@@ -285,10 +285,10 @@ def summary(plan: StepPlan, devices: Devices | None = None) -> str:
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest if size)
     room = "" if devices is None else f" of {devices.usable_bytes / GIB:.1f} GiB usable"
     setup = plan.setup
-    where = f"{setup.method}, {setup.batch} x {setup.length} tokens on each of {setup.ranks} rank"
+    ranks = "" if setup.ranks == 1 else f" on each of {setup.ranks} ranks"
+    where = f"{setup.method}, {setup.batch} x {setup.length} tokens{ranks}"
     return (
-        f"memory   {plan.total / GIB:.1f} GiB{room}, most of it when {_when(plan.phase)} ({where}"
-        f"{'s' if setup.ranks > 1 else ''})\n"
+        f"memory   {plan.total / GIB:.1f} GiB{room}, most of it when {_when(plan.phase)} ({where})\n"
         f"         {parts} GiB; planned, not measured: `grpo-fast plan MODEL --measure`"
     )
 

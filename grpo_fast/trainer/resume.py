@@ -103,6 +103,9 @@ class ResumableTrainer(Trainer):
         "data_seed",
         "bf16",
         "fp16",
+        "mlp_tile",
+        "quantization",
+        "bf16_stochastic_rounding",
         *_OPTIMIZER,
     )
 
