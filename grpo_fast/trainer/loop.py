@@ -26,6 +26,7 @@ from .metrics import MEANS, Metrics
 from .reporting import CompletionLog
 from .resume import ResumableTrainer
 from .sampler import ShardSampler, WindowSampler, check_dataset
+from .samplers import saved_on_failure, together
 from .window import MicroBatch, Window
 
 Example = dict[str, Any]
@@ -149,10 +150,11 @@ class RolloutTrainer(ResumableTrainer):
         micro_batches, synced = [], False
         for examples in drawn:
             if self.window.spent:
-                if not synced:
-                    self.sampler.sync(self.model)
-                synced = True
-                fresh = self.rollout(examples, self.args.num_generations, self.metrics)
+                with saved_on_failure(self, at_boundary=not micro_batches):
+                    if not synced:
+                        together(self.accelerator, lambda: self.sampler.sync(self.model))
+                    synced = True
+                    fresh = self.rollout(examples, self.args.num_generations, self.metrics)
                 self.window.fill(self.prepare(fresh))
                 if self.kl_stop is not None:
                     self.kl_stop.new_window()
@@ -259,7 +261,7 @@ class RolloutTrainer(ResumableTrainer):
         metrics = Metrics(self.args.device, self.token_means)
         groups = self.args.num_generations_eval
         self.callback_handler.eval_dataloader = dataloader
-        self.sampler.sync(self.model)
+        together(self.accelerator, lambda: self.sampler.sync(self.model))
         with generators_kept(), evaluating(self.model):
             for drawn in dataloader:
                 examples = [example for example in drawn for _ in range(groups)]

@@ -247,3 +247,18 @@ class MemoryNotices(TrainerCallback):
                 "gradient_checkpointing, mlp_tile or fewer completions sampled at once "
                 "(steps_per_generation) need less."
             )
+
+
+def watch_memory(trainer: Any) -> None:
+    """Give a trainer the notices, and the optimizer that its options ask for.
+
+    Args:
+        trainer: a `GRPOTrainer` whose `Trainer.__init__` has run.
+
+    Raises:
+        ValueError: see `rounding_optimizer`.
+    """
+    trainer.add_callback(MemoryNotices(trainer))
+    chosen = rounding_optimizer(trainer.args)
+    if chosen is not None:
+        trainer.optimizer_cls_and_kwargs = chosen
