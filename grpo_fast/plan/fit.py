@@ -134,8 +134,7 @@ def _changes(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "gradient_checkpointing: true", setup_again
     if setup.at_once > setup.generations // setup.ranks:
         fewer = max(1, setup.generations // setup.ranks)
-        small = replace(setup, batch=1, accumulation=fewer, sampled=None)
-        yield f"one group sampled at once ({fewer} completions on a rank)", small
+        yield f"sampling_batch_size: {fewer}", replace(setup, sampled=fewer)
     if setup.completion > 1:
         half = replace(setup, completion=max(1, setup.completion // 2))
         yield f"max_completion_length: {half.completion}", half

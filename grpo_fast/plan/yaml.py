@@ -38,7 +38,11 @@ def options_of(plan: StepPlan) -> dict[str, Any]:
         "beta": setup.beta,
     }
     if setup.sampled is not None:
-        options["steps_per_generation"] = max(1, setup.sampled // setup.batch)
+        # a limit of what is sampled at once, or a window of several steps
+        if setup.sampled < setup.batch * setup.accumulation:
+            options["sampling_batch_size"] = setup.sampled
+        else:
+            options["steps_per_generation"] = setup.sampled // setup.batch
     if setup.checkpointing:
         kwargs = {"use_reentrant": False, **({"offload": True} if setup.offload else {})}
         options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}

@@ -166,7 +166,7 @@ def setup_of(args: GRPOConfig, model: nn.Module, prompt: int) -> Setup:
         ranks=args.world_size,
         batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
-        sampled=args.per_device_train_batch_size * args.steps_per_generation,
+        sampled=_at_once(args),
         prompt=max(1, prompt),
         completion=args.max_completion_length,
         generations=args.num_generations,
@@ -180,6 +180,14 @@ def setup_of(args: GRPOConfig, model: nn.Module, prompt: int) -> Setup:
         workspace_bytes=args.workspace_bytes,
         device="cuda" if args.device.type == "cuda" else "cpu",
     )
+
+
+def _at_once(args: GRPOConfig) -> int:
+    """Sequences that this process samples at once; a server's cache is not ours."""
+    window = args.per_device_train_batch_size * args.steps_per_generation
+    if args.sampler in ("vllm", "sglang"):
+        return 1
+    return min(window, args.sampling_batch_size or window)
 
 
 def plan_of(args: GRPOConfig, model: nn.Module, prompt: int) -> StepPlan | None:
@@ -245,7 +253,7 @@ class MemoryNotices(TrainerCallback):
                 f"{used / GIB:.1f} of {there / GIB:.1f} GiB of the device are taken: a longer "
                 "batch will not fit. Fewer sequences (per_device_train_batch_size), "
                 "gradient_checkpointing, mlp_tile or fewer completions sampled at once "
-                "(steps_per_generation) need less."
+                "(sampling_batch_size) need less."
             )
 
 
