@@ -171,8 +171,8 @@ def _print(
         "(less 1.2 GiB of context and 5 % for fragmentation: allowances, not measured)"
     )
     print(
-        f"{setup.prompt} + {setup.completion} tokens, {setup.at_once} completions sampled at once "
-        f"and {setup.batch * setup.accumulation} in a step on each GPU\n"
+        f"{setup.prompt} + {setup.completion} tokens; completions on each GPU: {setup.at_once} "
+        f"sampled at once, {setup.batch * setup.accumulation} in an optimizer step\n"
     )
     head = ("method", "checkpointing", "mlp_tile", "batch", "GiB", "in phase", "longest context")
     rows = [head]

@@ -13,7 +13,7 @@ docs/memory.md lists. Nothing here has been compared with a GPU; on the CPU it h
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .architecture import Architecture
@@ -108,6 +108,10 @@ class _Step:
         self.counts = architecture.counts
         self.shards = setup.ranks if setup.sharding == "fsdp2" else 1
         adapter = self.counts.adapter * setup.rank
+        if self.shards > 1:
+            # what does not grow with tokens is copies of weights, which are gathered anew instead
+            own = replace(decoder.layer, fixed=0.0)
+            self.decoder = replace(decoder, layer=own)
         self.trained = adapter if setup.adapter else self.counts.total
         # peft keeps adapters in fp32 over bf16 weights
         self.grad_itemsize = 4 if setup.adapter else setup.itemsize
@@ -241,9 +245,8 @@ class _Step:
 
     def _copies(self) -> int:
         """bf16 copies of fp32 weights, which autocast keeps until its region ends."""
-        if not self.setup.copies or self.setup.checkpointing and self.shards > 1:
-            return 0
-        return self.counts.linear * 2 // self.shards
+        # FSDP2 gathers bf16 weights, of which there is nothing to cast
+        return self.counts.linear * 2 if self.setup.copies and self.shards == 1 else 0
 
     def _dequantized(self) -> int:
         """A layer's weight, unpacked for its product."""
@@ -288,7 +291,7 @@ def summary(plan: StepPlan, devices: Devices | None = None) -> str:
     ranks = "" if setup.ranks == 1 else f" on each of {setup.ranks} ranks"
     where = f"{setup.method}, {setup.batch} x {setup.length} tokens{ranks}"
     return (
-        f"memory   {plan.total / GIB:.1f} GiB{room}, most of it when {_when(plan.phase)} ({where})\n"
+        f"memory   {plan.total / GIB:.1f} GiB{room}, when {_when(plan.phase)} ({where})\n"
         f"         {parts} GiB; planned, not measured: `grpo-fast plan MODEL --measure`"
     )
 

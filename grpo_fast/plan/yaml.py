@@ -73,7 +73,7 @@ def as_yaml(plan: StepPlan, dataset: str | None = None, reward: str | None = Non
     setup = plan.setup
     lines = [
         f"# {setup.method} of {plan.architecture.name}: {plan.total / 2**30:.1f} GiB planned on "
-        f"each of {setup.ranks}",
+        f"each of {setup.ranks} GPU{'s' if setup.ranks > 1 else ''}",
         f"# for prompts of up to {setup.prompt} and completions of up to {setup.completion} tokens",
     ]
     if setup.ranks > 1:

@@ -212,6 +212,16 @@ def test_within_ten_percent_of_what_is_measured_here():
     assert set(measured) >= {"sampling", "training", "step"}
 
 
+def test_fsdp2_keeps_no_copies_of_weights(qwen3_8b):
+    sharded = Setup(autocast=True, ranks=8, sharding="fsdp2", batch=1, accumulation=1)
+    phases = estimate(qwen3_8b, sharded).phases
+    assert all(not terms.get("copies") for terms in phases.values())
+    whole = estimate(qwen3_8b, replace(sharded, ranks=1, sharding="none")).phases
+    kept = [p["backward begins"]["activations"] for p in (whole, phases)]
+    # 2 bytes of each linear weight of 36 layers
+    assert kept[0] - kept[1] == pytest.approx(2 * qwen3_8b.counts.linear, rel=0.02)
+
+
 def test_summary(qwen3_8b):
     setup = Setup(method="lora", weights="bf16", autocast=True, checkpointing=True)
     plan = estimate(qwen3_8b, setup)
