@@ -15,7 +15,7 @@ from grpo_fast.models.head import innermost
 from grpo_fast.models.quantized import quantization_config, settle_quantized
 from grpo_fast.models.tiling import tile_mlp
 from grpo_fast.plan.architecture import of_config
-from grpo_fast.plan.devices import GIB
+from grpo_fast.plan.devices import GIB, Devices
 from grpo_fast.plan.setup import OPTIMIZERS, Setup
 from grpo_fast.plan.step import StepPlan, estimate, summary
 
@@ -270,3 +270,20 @@ def watch_memory(trainer: Any) -> None:
     chosen = rounding_optimizer(trainer.args)
     if chosen is not None:
         trainer.optimizer_cls_and_kwargs = chosen
+
+
+def memory_summary(trainer: Any) -> str | None:
+    """Two lines on the memory of a step, for the start of a run; None for a family that cannot be
+    counted. Counting takes a second or two of one core.
+
+    Args:
+        trainer: a `GRPOTrainer` that is built.
+    """
+    plan = plan_of(trainer.args, trainer.model, MemoryNotices(trainer).longest_prompt())
+    if plan is None:
+        return None
+    device = trainer.args.device
+    if device.type != "cuda":
+        return summary(plan)
+    name, there = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
+    return summary(plan, Devices(1, name, there))

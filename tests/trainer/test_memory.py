@@ -10,7 +10,13 @@ from accelerate.parallelism_config import ParallelismConfig
 from tiny_trainer import checkpoint, config, model, trainer
 
 from grpo_fast.trainer import memory
-from grpo_fast.trainer.memory import MemoryNotices, loading_of, plan_of, still_weights
+from grpo_fast.trainer.memory import (
+    MemoryNotices,
+    loading_of,
+    memory_summary,
+    plan_of,
+    still_weights,
+)
 
 peft = pytest.importorskip("peft")
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -83,6 +89,15 @@ def test_a_plan_that_exceeds_the_device_is_said(tmp_path, said):
     assert said == []
     notices._compare(run.args, run.model, plan.total)
     assert "about to exceed the device" in said[0]
+
+
+def test_a_summary_for_the_start_of_a_run(tmp_path):
+    run = trainer(tmp_path, gradient_accumulation_steps=2, sampling_batch_size=4)
+    setup = plan_of(run.args, run.model, 5).setup
+    assert (setup.method, setup.weights, setup.device) == ("full", "fp32", "cpu")
+    assert (setup.batch, setup.accumulation, setup.at_once) == (4, 2, 4)
+    text = memory_summary(run)
+    assert text.startswith("memory   0.") and "(full, 4 x 12 tokens)" in text
 
 
 def test_options_resume_bit_identically(tmp_path):
