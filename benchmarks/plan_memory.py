@@ -87,33 +87,40 @@ def table(cases: dict[str, dict]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def keep(name: str, row: dict[str, dict[str, int]]) -> None:
+    """Write one case into the result file and the page, beside those that are there.
+
+    Args:
+        name: of the case.
+        row: its planned and measured bytes, and the phases of the plan.
+    """
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    about = {"machine": f"{platform.machine()} CPU, one thread", **versions}
+    known = json.loads(RESULT.read_text())["cases"] if RESULT.is_file() else {}
+    known[name] = row
+    cases = {case: known[case] for case in CASES if case in known}
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(json.dumps({"about": about, "cases": cases}, indent=1) + "\n")
+    before, rest = PAGE.read_text().split(MARKS[0])
+    PAGE.write_text(before + MARKS[0] + table(cases) + MARKS[1] + rest.split(MARKS[1])[1])
+
+
 def main() -> None:
     """Measure, print, and keep what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="cases with this text in their name")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=tuple(CASES))
     parser.add_argument("--write", action="store_true")
     asked = parser.parse_args()
-    rows, model = {}, architecture()
-    for name, changed in CASES.items():
-        if asked.only and asked.only not in name:
-            continue
-        setup = Setup(**{**BASE, **changed})
+    model = architecture()
+    for name in asked.only or CASES:
+        setup = Setup(**{**BASE, **CASES[name]})
         plan = estimate(model, setup)
         measured, planned = measure(model, setup), totals(plan)
-        rows[name] = {"planned": planned, "measured": measured, "phases": plan.phases}
         ratio = planned["step"] / measured["step"]
-        print(f"{name:40s} {planned['step'] / 2**20:6.0f} {measured['step'] / 2**20:6.0f} MiB "
-              f"{ratio:.3f}", flush=True)  # fmt: skip
-    if asked.write:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        about = {"machine": f"{platform.machine()} CPU, one thread", **versions}
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        if asked.only:
-            rows = {**json.loads(RESULT.read_text())["cases"], **rows}
-        RESULT.write_text(json.dumps({"about": about, "cases": rows}, indent=1) + "\n")
-        before, rest = PAGE.read_text().split(MARKS[0])
-        after = rest.split(MARKS[1])[1]
-        PAGE.write_text(before + MARKS[0] + table(rows) + MARKS[1] + after)
+        sizes = f"{planned['step'] / 2**20:6.0f} {measured['step'] / 2**20:6.0f} MiB"
+        print(f"{name:40s} {sizes} {ratio:.3f}", flush=True)
+        if asked.write:
+            keep(name, {"planned": planned, "measured": measured, "phases": plan.phases})
 
 
 if __name__ == "__main__":
