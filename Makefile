@@ -53,7 +53,7 @@ PATHS := tests/repository/test_public_paths.py -k integrations
 KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/integrations/liger \
 	--ignore=tests/kernels/test_aot.py --ignore=tests/kernels/test_counts.py
 
-.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-quantized test-openrlhf test-trl test-trl-full test-swift test-vllm test-gpu bench bench-large bench-gpu first-gpu floors lint clean FORCE
+.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-quantized test-openrlhf test-trl test-trl-full test-swift test-vllm test-gpu bench bench-large bench-gpu first-gpu bench-gae floors lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -232,6 +232,10 @@ bench-gpu: .peers/.installed
 # At most 8 minutes of one GPU: right, how fast, as predicted, and what to change in the launch table.
 first-gpu: $(ENVIRONMENT)
 	$(RUN) -m benchmarks.first_minute
+
+# GAE against verl's own loop.
+bench-gae: .verl/.installed
+	PYTHONPATH=.verl $(RUN) -m benchmarks.gae --write benchmarks/results/gae
 
 # The machine code of the row kernels, ours and other libraries', counted without a GPU. With both
 # Tritons: the older one writes its rows where the newer one picks them up.

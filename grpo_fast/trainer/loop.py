@@ -74,7 +74,7 @@ class RolloutTrainer(ResumableTrainer):
     @property
     def token_means(self) -> tuple[str, ...]:
         """Means over tokens that `loss` returns and that are logged."""
-        return (*MEANS, *(("approx_kl",) if self.args.target_kl is not None else ()))
+        return (*MEANS, *(("approx_kl",) if self.args.logs_approx_kl else ()))
 
     def _control_kl(self) -> None:
         args, stopped = self.args, self.args.target_kl is not None
@@ -207,7 +207,8 @@ class RolloutTrainer(ResumableTrainer):
 
     def current_loss_config(self) -> LossConfig:
         """The loss of this step: with the coefficient of a controller that moves beta."""
-        if self.args.kl_controller == "fixed" or self.args.kl_coefficient[0] != "beta":
+        in_loss = self.args.kl_coefficient[0] == "beta" and not self.args.kl_in_reward
+        if self.args.kl_controller == "fixed" or not in_loss:
             return self.loss_config
         return replace(self.loss_config, beta=self.kl.coefficient)
 
@@ -229,8 +230,11 @@ class RolloutTrainer(ResumableTrainer):
     def learn_kl(self, sums: dict[str, float] | None) -> None:
         """Tell the controller of the KL to the reference of the coming step, and log what it uses.
 
-        The coefficient that the step was made with is logged; the next one has the new one.
+        The coefficient that the step was made with is logged; the next one has the new one. With
+        kl_in_reward it has learned of the window already.
         """
+        if self.args.kl_in_reward:
+            return
         self.metrics.add("kl_coef", self.kl.coefficient)
         if sums and sums["completions"]:
             self.kl.update(sums["reference"] / sums["completions"], int(sums["completions"]))
