@@ -2,6 +2,7 @@
 # make test   every test
 # make test-quick   the loop of a contributor: a part of it, in under three minutes
 # make test-deepspeed   a head that DeepSpeed has partitioned, with DeepSpeed itself
+# make test-quantized   nf4 and int8 bases under an adapter, 8-bit optimizers, on the CPU
 # make test-full   the sweeps that are too long for it; the last result is tests/results/full.md
 #
 # Both build .venv when it is missing. Overrides:
@@ -52,7 +53,7 @@ PATHS := tests/repository/test_public_paths.py -k integrations
 KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/integrations/liger \
 	--ignore=tests/kernels/test_aot.py --ignore=tests/kernels/test_counts.py
 
-.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-vllm test-gpu bench bench-large bench-gpu first-gpu bench-gae floors lint clean FORCE
+.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-quantized test-openrlhf test-trl test-trl-full test-swift test-vllm test-gpu bench bench-large bench-gpu first-gpu bench-gae floors lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -78,6 +79,11 @@ KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/inte
 .swift/.installed: requirements/swift.txt $(ENVIRONMENT)
 	rm -rf .swift && mkdir .swift
 	$(RUN) -m pip install --quiet --no-deps --target .swift -r requirements/swift.txt
+	touch $@
+
+.quantized/.installed: requirements/quantized.txt $(ENVIRONMENT)
+	rm -rf .quantized
+	$(RUN) -m pip install --quiet --no-deps --target .quantized -r requirements/quantized.txt
 	touch $@
 
 .peers/.installed: requirements/peers.txt requirements/trl.txt $(ENVIRONMENT)
@@ -180,6 +186,10 @@ test-swift: .swift/.installed
 test-deepspeed: .deepspeed/.installed
 	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/engine/test_zero3.py
 
+test-quantized: .quantized/.installed
+	@echo "== packed bases and optimizers of bitsandbytes and torchao, on the CPU"
+	PYTHONPATH=.quantized OMP_NUM_THREADS=1 $(PYTEST) tests/trainer/test_quantized.py
+
 test-openrlhf: .openrlhf/.installed
 	@echo "== the adapter for OpenRLHF against OpenRLHF itself"
 	PYTHONPATH=.openrlhf:tests/support/openrlhf_stubs DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
@@ -238,6 +248,6 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl .openrlhf .swift .vllm .flash build dist *.egg-info
+	rm -rf .venv .triton36 .quantized .peers .liger .deepspeed .trl .verl .openrlhf .swift .vllm .flash build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

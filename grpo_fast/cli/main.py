@@ -18,7 +18,7 @@ GRPO for language models through fused losses.
 commands:
   train    train a model with GRPO; without options, the embedded demo
   ppo      train a model with PPO and a critic; --demo shows it
-  plan     which route the loss takes for a shape, its FLOPs and its bytes
+  plan     what fits on which GPUs; which route the loss takes for a shape
   doctor   which backend runs and why, versions, a numerical self-test
 """
 _EPILOG = f"""\

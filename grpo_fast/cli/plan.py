@@ -1,4 +1,5 @@
-"""`grpo-fast plan`: the route of the loss for a shape, without a model, a GPU or a tensor."""
+"""`grpo-fast plan`: the route of the loss for a shape, without a model, a GPU or a tensor. With a
+model it is about the memory of a step (`step.py`)."""
 
 from __future__ import annotations
 
@@ -25,6 +26,11 @@ def run(argv: list[str]) -> int:
     Args:
         argv: the arguments after `plan`.
     """
+    # a model, or what it shall run on: about a step
+    if argv and (not argv[0].startswith("-") or "--gpus" in argv):
+        from .step import run as plan_step
+
+        return plan_step(argv)
     asked = _parser().parse_args(argv)
     hidden, vocab = _shape(asked)
     print(choose(facts_of_shape(asked, hidden, vocab)))
@@ -35,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grpo-fast plan",
         description="The route that linear_policy_loss takes for a shape: what it multiplies, what "
-        "it holds, and why. `linear_policy_loss(..., explain=True)` says the same of a call.",
+        "it holds, and why. `linear_policy_loss(..., explain=True)` says the same of a call. "
+        "`grpo-fast plan MODEL --gpus 1xH100-80` plans the memory of a whole step instead: "
+        "`grpo-fast plan MODEL --help`.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -14,12 +14,15 @@ from .inherited import check_inherited
 from .kl import KLOptions
 from .kl import option as _option
 from .loss_options import LossOptions
+from .memory_options import MemoryOptions
 from .reward_options import RewardOptions
 from .sampling_options import SamplingOptions
 
 
 @dataclass
-class GRPOConfig(LossOptions, SamplingOptions, RewardOptions, KLOptions, TrainingArguments):
+class GRPOConfig(
+    LossOptions, SamplingOptions, RewardOptions, KLOptions, MemoryOptions, TrainingArguments
+):
     """Arguments of `GRPOTrainer`.
 
     The loss fields take their defaults from `LossConfig`, which also validates them. Batches, with
@@ -39,7 +42,8 @@ class GRPOConfig(LossOptions, SamplingOptions, RewardOptions, KLOptions, Trainin
     (it hides a NaN loss and costs a host sync for each micro-batch), dataloader_pin_memory False
     (the loader yields rows of the dataset, no tensors), metric_for_best_model "reward", bf16 True
     where CUDA supports it and neither `bf16` nor `fp16` was given (False on CPU and MPS). Model
-    strings load in float32 unless `model_init_kwargs` says otherwise.
+    strings load in float32 unless `model_init_kwargs` says otherwise, under an adapter in bfloat16
+    where bf16 is on.
 
     Raises:
         ValueError: for any value out of range, before anything is loaded.
@@ -109,6 +113,7 @@ class GRPOConfig(LossOptions, SamplingOptions, RewardOptions, KLOptions, Trainin
         self.check_advantages()
         self._check_batches()
         self.check_kl()
+        self.check_memory()
         check_inherited(self)
 
     @property

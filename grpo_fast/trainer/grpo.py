@@ -35,6 +35,7 @@ from .curves import CURVES, Curves, Row
 from .kl import approximate_kl
 from .kl_reward import with_kl
 from .loop import Example, StepCallback
+from .memory import watch_memory
 from .reporting import CORRECTED, MetricsFile, Progress
 from .sampler import check_prompts, is_conversational
 from .samplers import (
@@ -149,6 +150,7 @@ class GRPOTrainer(ScoredTrainer):
         self.accelerator.gradient_accumulation_steps = 1
         self.add_callback(StepCallback(self))
         self.add_callback(Banner(self))
+        watch_memory(self)
         # not in a notebook, whose callback draws a table of its own
         if any(type(c) is ProgressCallback for c in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)

@@ -52,6 +52,7 @@ def check_inherited(args: GRPOConfig) -> None:
     if getattr(args, "enable_jit_checkpoint", False):
         hint = "it saves within a step, when the rollouts of the next one are already drawn."
         fail("enable_jit_checkpoint", "False", True, hint)
+    _check_parallelism(getattr(args, "parallelism_config", None))
     _check_generation(args.generation_kwargs or {})
     if not args.use_liger_kernel:
         return
@@ -60,6 +61,23 @@ def check_inherited(args: GRPOConfig) -> None:
     args.liger_kernel_config = {name: False, **(args.liger_kernel_config or {})}
     if args.liger_kernel_config[name]:
         fail("liger_kernel_config", f"{name} False", True, "it would replace the head.")
+
+
+def _check_parallelism(config: Any) -> None:
+    """Refuse what splits a sequence behind the loss's back; fields of accelerate's config."""
+    ulysses = "grpo_fast.models.sequence_parallel splits packed rows."
+    for name, hint in (
+        # its hooks drop the mask and force is_causal
+        (
+            "cp_size",
+            f"ring attention lets packed sequences see their neighbours, silently; {ulysses}",
+        ),
+        ("sp_size", f"accelerate's Ulysses computes a loss of labels itself; {ulysses}"),
+        ("tp_size", "the ranks of a tensor-parallel group would each draw prompts of their own."),
+    ):
+        size = getattr(config, name, None) or 1
+        if size > 1:
+            fail(f"parallelism_config.{name}", "1", size, hint)
 
 
 def _check_generation(given: dict[str, Any]) -> None:

@@ -106,6 +106,9 @@ class ResumableTrainer(Trainer):
         "data_seed",
         "bf16",
         "fp16",
+        "mlp_tile",
+        "quantization",
+        "bf16_stochastic_rounding",
         *_OPTIMIZER,
     )
 

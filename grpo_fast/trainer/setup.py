@@ -17,6 +17,7 @@ from grpo_fast.models.rope import shared_limit
 from grpo_fast.rewards import RewardSet
 
 from .config import GRPOConfig
+from .memory import hold, loading_of
 from .sampler import check_dataset, column_names
 
 # columns that TRL shows to a vision model
@@ -124,8 +125,9 @@ def tokenizer_of(
 
 def policy_of(model: Any, args: GRPOConfig, peft_config: Any) -> nn.Module:
     """The policy, loaded when a name was given, in its adapter when peft_config was."""
-    if isinstance(model, str):
-        model = load_policy(model, **(args.model_init_kwargs or {}))
+    loaded = isinstance(model, str)
+    if loaded:
+        model = load_policy(model, **loading_of(args, peft_config))
     if args.disable_dropout:
         disable_dropout(model)
     if peft_config is not None:
@@ -134,7 +136,7 @@ def policy_of(model: Any, args: GRPOConfig, peft_config: Any) -> nn.Module:
         model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
-    return model
+    return hold(model, args, loaded)
 
 
 def disable_dropout(model: nn.Module) -> None:

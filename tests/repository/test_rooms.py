@@ -24,7 +24,7 @@ ARROWS = {
     "advantages": LOW,
     "rewards": LOW,
     "reference": LOW,
-    "plan": LOW | {"objective", "engine"},
+    "plan": LOW | {"objective", "engine", "models"},
     "loss": LOSS,
     "models": LOW | {"engine"},
     "rollout": LOW | {"engine", "models"},
