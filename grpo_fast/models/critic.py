@@ -29,6 +29,7 @@ from grpo_fast.checks import fail
 
 from .head import backbone, evaluating, innermost
 from .packing import PackedBatch, pack
+from .segments import laid_out
 
 NAME = "critic"
 CRITICS = ("shared", "separate")
@@ -60,7 +61,8 @@ class Critic(nn.Module):
                 own does not look at them.
         """
         if self.body is not None:
-            hidden = batch.select(self.body(**batch.inputs())[0])
+            with laid_out(batch.layout):
+                hidden = batch.select(self.body(**batch.body_inputs())[0])
         elif self.detach:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
@@ -154,7 +156,7 @@ def check_critic_packing(critic: Critic, pad_id: int) -> None:
     options = {"pad_id": pad_id, "row_length": None, "device": body.device}
 
     def hidden(batch: PackedBatch) -> Tensor:
-        return batch.select(body(**batch.inputs())[0]).float()
+        return batch.select(body(**batch.body_inputs())[0]).float()
 
     with torch.no_grad(), evaluating(body):
         together = hidden(pack(prompts, completions, **options))
