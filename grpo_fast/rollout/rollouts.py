@@ -49,6 +49,17 @@ class Rollouts:
                 if len(value) != length:
                     fail(f"{name}[{row}]", f"{length} entries, one for each token", len(value))
 
+    def take(self, rows: list[int]) -> Rollouts:
+        """Those completions, in this order."""
+        names = ("prompt_ids", "completion_ids", "truncated", "logp", "mask")
+        given = {name: getattr(self, name) for name in names}
+        taken = {n: v if v is None else [v[row] for row in rows] for n, v in given.items()}
+        return Rollouts(**taken, version=self.version)
+
+    def part(self, rows: slice) -> Rollouts:
+        """A stretch of the completions."""
+        return self.take(list(range(*rows.indices(len(self.completion_ids)))))
+
 
 @runtime_checkable
 class Sampler(Protocol):

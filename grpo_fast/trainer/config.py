@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from grpo_fast.checks import fail
 
+from .forward_options import ForwardOptions
 from .inherited import check_inherited
 from .kl import KLOptions
 from .kl import option as _option
@@ -19,7 +20,9 @@ from .sampling_options import SamplingOptions
 
 
 @dataclass
-class GRPOConfig(LossOptions, SamplingOptions, RewardOptions, KLOptions, TrainingArguments):
+class GRPOConfig(
+    LossOptions, ForwardOptions, SamplingOptions, RewardOptions, KLOptions, TrainingArguments
+):
     """Arguments of `GRPOTrainer`.
 
     The loss fields take their defaults from `LossConfig`, which also validates them. Batches, with
@@ -102,6 +105,7 @@ class GRPOConfig(LossOptions, SamplingOptions, RewardOptions, KLOptions, Trainin
         self.loss_config()
         self._check_integers()
         self.num_generations_eval = self.num_generations_eval or self.num_generations
+        self.check_forward()
         self.check_sampling()
         self.check_rewards()
         self.check_advantages()

@@ -22,19 +22,15 @@ from grpo_fast.advantages.table import advantages_of
 from grpo_fast.checks import fail
 from grpo_fast.loss.linear import linear_policy_loss
 from grpo_fast.models.head import evaluating
-from grpo_fast.models.packing import (
-    PackedBatch,
-    check_packing,
-    completion_logprobs,
-    default_row_length,
-    pack,
-)
+from grpo_fast.models.packing import PackedBatch, completion_logprobs
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
+from grpo_fast.models.shared_prompts import packer_of
 from grpo_fast.rewards import weighted
 from grpo_fast.rollout.hf import HFSampler
 from grpo_fast.rollout.rollouts import Rollouts
 
+from .active import active_part, count_of, forward_share
 from .config import GRPOConfig
 from .kl import approximate_kl
 from .loop import Example, RolloutTrainer, StepCallback
@@ -143,8 +139,8 @@ class GRPOTrainer(RolloutTrainer):
             hint = "sampling from sharded parameters is not supported."
             fail("args", "whole parameters on every rank", engine, hint)
         attach(self.model)
-        check_packing(self.model, self.processing_class.pad_token_id)
-        self.row_length = default_row_length(self.model)
+        share = self.args.share_prompts
+        self.packer = packer_of(self.model, self.processing_class.pad_token_id, share)
         peft = hasattr(self.model, "peft_config")
         if self.args.needs_reference:
             self.reference = ReferencePolicy(self.model, peft)
@@ -212,21 +208,21 @@ class GRPOTrainer(RolloutTrainer):
         old = not (evaluate or self.args.on_policy)
         if rollouts.logp is not None:
             logger.warning_once(CORRECTED, self.loss_config.rollout_correction)
+        whole, skips = self.args.mask_truncated_completions, self.skips_inactive and not evaluate
         out = []
         for start in range(0, len(advantages), size):
             part = slice(start, start + size)
-            packed = pack(
-                rollouts.prompt_ids[part],
-                rollouts.completion_ids[part],
-                pad_id=self.processing_class.pad_token_id,
-                row_length=self.row_length,
-                device=self.args.device,
-            )
+            given, scores, count = rollouts.part(part), advantages[part], None
+            if skips:
+                count = count_of(given, self.loss_config, whole).to(self.args.device)
+                given, scores = active_part(given, scores, whole)
+            packed = self.packer.pack(given.prompt_ids, given.completion_ids, self.args.device)
             micro = self.micro_batch(
                 packed=packed,
-                advantages=advantages[part].to(self.args.device, torch.float32),
-                mask=mask_of(rollouts, part, packed, self.args.mask_truncated_completions),
-                rollout_logp=flat(rollouts.logp, part, torch.float32, self.args.device),
+                advantages=scores.to(self.args.device, torch.float32),
+                mask=mask_of(given, slice(None), packed, whole),
+                rollout_logp=flat(given.logp, slice(None), torch.float32, self.args.device),
+                count=count,
             )
             self.measure(micro, old)
             if self.reference is not None:
@@ -235,6 +231,22 @@ class GRPOTrainer(RolloutTrainer):
                 )
             out.append(micro)
         return out
+
+    @property
+    def skips_inactive(self) -> bool:
+        """Whether completions without a gradient need no forward: what `skip_inactive_completions`
+        asks for, where neither the loss nor a stage that a subclass replaced could need them."""
+        stages = ("loss", "policy_loss", "measure", "prepare", "compute_loss")
+        ours = all(getattr(type(self), n) is getattr(GRPOTrainer, n) for n in stages)
+        config = self.loss_config
+        needs = (
+            self.reference is not None
+            or self.step_kl is not None
+            or config.beta != 0
+            or config.entropy_coef != 0
+            or config.top_entropy_quantile < 1
+        )
+        return self.args.skip_inactive_completions and ours and not needs
 
     def measure(self, micro: MicroBatch, old: bool) -> None:
         """Fill in what the policy says of a micro-batch: old_logp where `old` asks for it."""
@@ -335,7 +347,9 @@ class GRPOTrainer(RolloutTrainer):
                     self._extras,
                 )
                 self.completions.rows.extend(table)
-        return self.batch(rollouts, advantages[local], evaluate)
+        micro_batches = self.batch(rollouts, advantages[local], evaluate)
+        metrics.add("forward_share", forward_share(rollouts, micro_batches))
+        return micro_batches
 
     def _texts(self, rollouts: Rollouts) -> list[str]:
         return self.processing_class.batch_decode(rollouts.completion_ids, skip_special_tokens=True)

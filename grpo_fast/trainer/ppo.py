@@ -137,6 +137,11 @@ class PPOTrainer(GRPOTrainer):
         self.critic = add_critic(self.model, critic)
 
     @property
+    def skips_inactive(self) -> bool:
+        """False: the critic learns of every completion."""
+        return False
+
+    @property
     def token_means(self) -> tuple[str, ...]:
         """Means over tokens that `loss` returns and that are logged."""
         means = (*super().token_means, "approx_kl", "value_loss", "value_clip_ratio")
