@@ -199,6 +199,9 @@ def _over(original: Callable[..., Any], compute: Callable[..., Tensor]) -> Calla
         **options: Any,
     ) -> Any:
         if not isinstance(attention_mask, Segments):
+            if options.get("layout") is not None:
+                expected = "a backbone that runs under laid_out(layout), or an attached model"
+                fail("layout", expected, f"{type(module).__name__} without it")
             return original(
                 module,
                 query,

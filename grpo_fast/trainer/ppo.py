@@ -28,6 +28,7 @@ from grpo_fast.models.critic import (
     save_critic,
     separate_critic,
     shared_critic,
+    takes_segments,
     without_critic,
 )
 from grpo_fast.models.head import evaluating
@@ -135,6 +136,9 @@ class PPOTrainer(GRPOTrainer):
         if args.disable_dropout:
             disable_dropout(critic)
         self.critic = add_critic(self.model, critic)
+        # what the critic cannot read, the policy does without
+        if self.packer.segments and not takes_segments(critic, self.packer.pad_id):
+            self.packer = replace(self.packer, segments=False, share=False)
 
     @property
     def skips_inactive(self) -> bool:
