@@ -236,7 +236,7 @@ class GRPOTrainer(RolloutTrainer):
     def skips_inactive(self) -> bool:
         """Whether completions without a gradient need no forward: what `skip_inactive_completions`
         asks for, where neither the loss nor a stage that a subclass replaced could need them."""
-        stages = ("loss", "policy_loss", "measure", "prepare", "compute_loss")
+        stages = ("loss", "policy_loss", "measure", "prepare")
         ours = all(getattr(type(self), n) is getattr(GRPOTrainer, n) for n in stages)
         config = self.loss_config
         needs = (
