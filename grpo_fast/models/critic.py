@@ -164,7 +164,8 @@ def check_critic_packing(critic: Critic, pad_id: int) -> None:
     prompts = [tokens[0:4], tokens[4:6], tokens[6:11]]
     completions = [tokens[11:14], tokens[14:20], tokens[20:24]]
     options = {"pad_id": pad_id, "row_length": None, "device": body.device}
-    error, allowed = _packing_error(body, prompts, completions, pack(prompts, completions, **options))
+    together = pack(prompts, completions, **options)
+    error, allowed = _packing_error(body, prompts, completions, together)
     if not error <= allowed:
         got = f"{type(body).__name__}, whose hidden states differ by {error:.3g} of the largest"
         fail("critic_model", "a backbone that can be packed", got)

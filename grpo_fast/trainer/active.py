@@ -19,7 +19,7 @@ from .window import MicroBatch
 
 
 def _kept(rollouts: Rollouts, whole: bool) -> list[list[bool]]:
-    """For each token of each completion whether it counts; with `whole` only of those that ended."""
+    """Whether each token of each completion counts; with `whole` only of those that ended."""
     masks = rollouts.mask or [[True] * len(ids) for ids in rollouts.completion_ids]
     if not whole:
         return masks
@@ -41,9 +41,7 @@ def count_of(rollouts: Rollouts, config: LossConfig, whole: bool) -> Tensor:
     return weights.count(config, mask, bounds)
 
 
-def active_part(
-    rollouts: Rollouts, advantages: Tensor, whole: bool
-) -> tuple[Rollouts, Tensor]:
+def active_part(rollouts: Rollouts, advantages: Tensor, whole: bool) -> tuple[Rollouts, Tensor]:
     """The completions that can have a gradient, and their advantages; those alone need a forward.
 
     Where there is none, one prompt stays with an empty completion and the advantage 0: a

@@ -124,7 +124,13 @@ def test_attention_takes_the_dtype_of_autocast():
 
 
 @pytest.mark.parametrize(
-    "table", [[[1, 2, -1]], [[0, 2, -1], [3, 1, -1]], [[0, 2, -1], [2, 1, -1], [3, 1, 0]], [[0, 0, -1]]]
+    "table",
+    [
+        [[1, 2, -1]],
+        [[0, 2, -1], [3, 1, -1]],
+        [[0, 2, -1], [2, 1, -1], [3, 1, 0]],
+        [[0, 0, -1]],
+    ],
 )
 def test_a_table_with_gaps_or_wrong_roots_is_refused(table):
     with pytest.raises(ValueError, match="segments: expected segments without gaps"):

@@ -59,27 +59,27 @@ def train(
     flat = options.pop("flat", False)
     if flat:
         options.update(gradient_accumulation_steps=1, steps_per_generation=1, eval_strategy="no")
-    settings = dict(
-        cls=GRPOTrainer if sampled else Canned,
-        per_device_train_batch_size=size,
-        gradient_accumulation_steps=2,
-        steps_per_generation=2,
-        num_generations=4,
-        num_iterations=2,
-        optim="sgd",
-        learning_rate=0.3,
-        beta=0.1,
-        mask_truncated_completions=True,
-        train_dataset=dataset(1) * 6 if sampled else dataset(6),
-        eval_dataset=dataset(3),
-        eval_strategy="steps",
-        eval_steps=4,
-        save_strategy="steps",
-        save_steps=1,
-        max_steps=4,
-        logging_steps=4,
-        log_completions=True,
-    )
+    settings = {
+        "cls": GRPOTrainer if sampled else Canned,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 2,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "optim": "sgd",
+        "learning_rate": 0.3,
+        "beta": 0.1,
+        "mask_truncated_completions": True,
+        "train_dataset": dataset(1) * 6 if sampled else dataset(6),
+        "eval_dataset": dataset(3),
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 4,
+        "logging_steps": 4,
+        "log_completions": True,
+    }
     chosen = first_is_flat if flat else reward
     run = trainer(str(folder), reward=chosen, **{**settings, **options})
     run.train(resume)

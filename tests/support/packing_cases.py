@@ -1,4 +1,4 @@
-"""Groups of completions, models that differ in their attention, and what a forward of them keeps."""
+"""Groups of completions, models that differ in their attention, and what a forward keeps."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ class Counting(Recording):
 def half_flat(completions, prompts, **_):
     """The same for all completions of every prompt that begins with an even word."""
     spread = spread_reward(completions)
-    return [1.0 if int(p.split()[0][1:]) % 2 == 0 else s for p, s in zip(prompts, spread, strict=True)]
+    even = [int(p.split()[0][1:]) % 2 == 0 for p in prompts]
+    return [1.0 if flat else s for flat, s in zip(even, spread, strict=True)]
 
 
 def run(folder, **options):
