@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
-# the masks of the longest would take more than a machine has
-LARGEST_WITH_MASK = 8192
+# largest T: a repeated prompt makes 2.5 T tokens, and their masks more than a machine has
+LARGEST = {"segments": 32768, "whole": 8192, "mask": 2048}
 LAYOUTS = {
     "segments": "segments, prompt shared",
     "whole": "segments, prompt repeated",
@@ -68,19 +68,21 @@ def measure(layout: str, tokens: int) -> dict[str, float]:
 
 
 def points() -> list[dict]:
-    """Every layout and size, each in a process of its own."""
-    out = []
+    """Every layout and size, each in a process of its own; those of the result's file are kept."""
+    found = json.loads(RESULT.read_text()) if RESULT.is_file() else []
+    done = {(point["layout"], point["asked"]) for point in found}
     for layout in LAYOUTS:
         for tokens in TOKENS:
-            if layout == "mask" and tokens > LARGEST_WITH_MASK:
+            if tokens > LARGEST[layout] or (layout, tokens) in done:
                 continue
             module = "benchmarks.measure.packed_memory"
             command = [sys.executable, "-m", module, layout, str(tokens)]
             printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=_ROOT)
-            point = {"layout": layout, **json.loads(printed.stdout.splitlines()[-1])}
-            print(point, file=sys.stderr)
-            out.append(point)
-    return out
+            point = json.loads(printed.stdout.splitlines()[-1])
+            found.append({"layout": layout, "asked": tokens, **point})
+            print(found[-1], file=sys.stderr)
+            RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def draw(found: list[dict]) -> None:
@@ -106,9 +108,7 @@ def main(arguments: list[str]) -> None:
     if arguments:
         print(json.dumps(measure(arguments[0], int(arguments[1]))))
         return
-    found = points()
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
-    draw(found)
+    draw(points())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A step of GRPOTrainer with prompts computed once, against the same without, and against TRL's.
 
-`python -m benchmarks.measure.shared_prompts` trains SmolLM2-135M-Instruct on a CPU with one prompt
-of 512 tokens and eight completions of 64, and writes `benchmarks/results/shared-prompts.json` and
+`python -m benchmarks.measure.shared_prompts LAYERS` trains the first layers of
+SmolLM2-135M-Instruct, which has 30, on a CPU with one prompt of 512 tokens and eight completions of
+64, and writes `benchmarks/results/shared-prompts.json` and
 `shared-prompts.md`. Contestants take turns in one process, and what is counted is its CPU time, so
 that other work on the machine changes little. What a step holds: `benchmarks/measure/step.py`.
 TRL is a contestant where it can be imported.
@@ -12,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
+import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,23 +25,29 @@ import torch
 from benchmarks.measure.step import differences, reason, trainer
 from benchmarks.measure.turns import Turns
 from benchmarks.step_cases import StepCase, sample, smollm2
-from grpo_fast.models.loading import load_policy
+from grpo_fast.models.loading import load_policy, load_processing
 
 CASE = StepCase("smollm2-step-shared", P=1, G=8, T=64, prompt=512, micro=8)
 # name -> which trainer, and how its packer is changed
 CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo_fast": ("grpo_fast", {}),
-    "grpo_fast, prompts repeated": ("grpo_fast", {"share": False}),
-    "grpo_fast, rows of transformers": ("grpo_fast", {"segments": False}),
+    "grpo_fast, prompts repeated": ("grpo_fast", {"segments": False}),
     "TRL": ("TRL", {}),
 }
-WARM_UP, ROUNDS = 1, 2
+WARM_UP, ROUNDS = 1, 1
 _RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
-def measure(case: StepCase = CASE, rounds: int = ROUNDS) -> list[dict[str, Any]]:
+def first_layers(layers: int, folder: str) -> Path:
+    """SmolLM2-135M-Instruct cut after its first layers, saved in a folder."""
+    load_policy(str(smollm2()), num_hidden_layers=layers).save_pretrained(folder)
+    load_processing(str(smollm2())).save_pretrained(folder)
+    return Path(folder)
+
+
+def measure(checkpoint: Path, case: StepCase = CASE, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """CPU seconds of every contestant's steps, and how far the first is from each of the others."""
-    device, checkpoint = torch.device("cpu"), smollm2()
+    device = torch.device("cpu")
     text = sample(case, checkpoint, device)
     start = load_policy(str(checkpoint))
     built = {}
@@ -70,16 +79,17 @@ def measure(case: StepCase = CASE, rounds: int = ROUNDS) -> list[dict[str, Any]]
         ]
 
 
-def page(found: list[dict[str, Any]], case: StepCase = CASE) -> str:
+def page(found: list[dict[str, Any]], layers: int, case: StepCase = CASE) -> str:
     """The table of the results."""
     ours = statistics.median(found[0]["cpu_s"])
     rows = [
         f"# A step with prompts computed once: P = {case.prompt}, G = {case.G}, C = {case.T}",
         "",
-        f"SmolLM2-135M-Instruct, fp32, torch {torch.__version__}, one thread of a CPU shared with "
-        f"other work; CPU seconds of an optimizer step without its sampling, median of "
+        f"The first {layers} of 30 layers of SmolLM2-135M-Instruct, fp32, "
+        f"torch {torch.__version__}, one thread of a CPU shared with other work; CPU "
+        "seconds of an optimizer step without its sampling, median of "
         f"{len(found[0]['cpu_s'])} after {WARM_UP}. Measure again: "
-        "`python -m benchmarks.measure.shared_prompts`.",
+        f"`python -m benchmarks.measure.shared_prompts {layers}`.",
         "",
         "| trainer | CPU s | over ours | loss, relative difference | gradient norm |",
         "|---|---|---|---|---|",
@@ -93,6 +103,8 @@ def page(found: list[dict[str, Any]], case: StepCase = CASE) -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    results = measure()
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 30
+    with tempfile.TemporaryDirectory() as cut:
+        results = measure(first_layers(count, cut))
     (_RESULTS / "shared-prompts.json").write_text(json.dumps(results, indent=1) + "\n")
-    (_RESULTS / "shared-prompts.md").write_text(page(results))
+    (_RESULTS / "shared-prompts.md").write_text(page(results, count))
