@@ -265,6 +265,20 @@ def _failed(model: nn.Module, pad_id: int) -> str:
     # Boundary: whatever a family's own code does with a layout where it expects a mask, the answer
     # is that it cannot take one.
     try:
+        _in_train_mode(model, together)
         return packing_error(model, together, alone)
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError, ImportError) as error:
         return f"{type(lm).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@torch.no_grad()
+def _in_train_mode(model: nn.Module, batch: PackedBatch) -> None:
+    """A forward as in training, where a layer may ask for dropout; no random number is used up."""
+    resting = [module for module in model.modules() if not module.training]
+    model.train()
+    try:
+        with torch.random.fork_rng():
+            model(**batch.inputs(), head_fn=lambda hidden, head: None)
+    finally:
+        for module in resting:
+            module.training = False
