@@ -29,8 +29,11 @@ from transformers import (
 
 from grpo_fast.checks import fail
 
+from .attention import install
 from .head import backbone, evaluating, innermost
 from .packing import PackedBatch, pack
+from .segments import laid_out
+from .shared_prompts import pack_segments
 
 NAME = "critic"
 CRITICS = ("shared", "separate")
@@ -62,11 +65,20 @@ class Critic(nn.Module):
                 own does not look at them.
         """
         if self.body is not None:
-            hidden = batch.select(self.body(**batch.inputs())[0])
+            hidden = batch.select(_states(self.body, batch))
         elif self.detach:
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             return self.head(hidden.float()).squeeze(-1)
+
+
+def _states(body: nn.Module, batch: PackedBatch) -> Tensor:
+    """Hidden states (R, L, H) of a backbone."""
+    name = body.config.get_text_config(decoder=True)._attn_implementation
+    if batch.layout is not None and not install(name or "eager"):
+        fail("critic_model", "a backbone whose attention takes segments", f"{name} attention")
+    with laid_out(batch.layout):
+        return body(**batch.body_inputs())[0]
 
 
 def shared_critic(policy: nn.Module, detach: bool, source: str | None = None) -> Critic:
@@ -208,19 +220,47 @@ def check_critic_packing(critic: Critic, pad_id: int) -> None:
     prompts = [tokens[0:4], tokens[4:6], tokens[6:11]]
     completions = [tokens[11:14], tokens[14:20], tokens[20:24]]
     options = {"pad_id": pad_id, "row_length": None, "device": body.device}
-
-    def hidden(batch: PackedBatch) -> Tensor:
-        return batch.select(body(**batch.inputs())[0]).float()
-
-    with torch.no_grad(), evaluating(body):
-        together = hidden(pack(prompts, completions, **options))
-        pairs = zip(prompts, completions, strict=True)
-        alone = torch.cat([hidden(pack([p], [c], **options)) for p, c in pairs])
-    error = ((together - alone).abs().max() / alone.abs().max()).item()
-    allowed = {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(body.dtype, 2e-3)
+    together = pack(prompts, completions, **options)
+    error, allowed = _packing_error(body, prompts, completions, together)
     if not error <= allowed:
         got = f"{type(body).__name__}, whose hidden states differ by {error:.3g} of the largest"
         fail("critic_model", "a backbone that can be packed", got)
+
+
+def takes_segments(critic: Critic, pad_id: int) -> bool:
+    """Whether a critic can read rows of segments with shared prompts: see `packer_of`."""
+    body = critic.body
+    if body is None:
+        return True
+    name = body.config.get_text_config(decoder=True)._attn_implementation
+    if not install(name or "eager"):
+        return False
+    vocab = body.get_input_embeddings().num_embeddings
+    tokens = [(5 + 3 * i) % vocab for i in range(20)]
+    prompts = [tokens[0:4], tokens[0:4], tokens[4:6]]
+    completions = [tokens[11:14], tokens[14:16], tokens[16:20]]
+    options = {"pad_id": pad_id, "share": True, "device": body.device}
+    # Boundary: whatever a family's own code does with a layout where it expects a mask.
+    try:
+        together = pack_segments(prompts, completions, **options)
+        error, allowed = _packing_error(body, prompts, completions, together)
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+        return False
+    return error <= allowed
+
+
+def _packing_error(
+    body: nn.Module, prompts: list[list[int]], completions: list[list[int]], packed: PackedBatch
+) -> tuple[float, float]:
+    """How far hidden states of packed sequences are from those alone, and how far they may be."""
+    options = {"pad_id": 0, "row_length": None, "device": body.device}
+    with torch.no_grad(), evaluating(body):
+        together = packed.select(_states(body, packed)).float()
+        pairs = zip(prompts, completions, strict=True)
+        batches = [pack([p], [c], **options) for p, c in pairs]
+        alone = torch.cat([one.select(_states(body, one)).float() for one in batches])
+    error = ((together - alone).abs().max() / alone.abs().max()).item()
+    return error, {torch.float16: 2e-2, torch.bfloat16: 1e-1}.get(body.dtype, 2e-3)
 
 
 def add_critic(policy: nn.Module, critic: Critic) -> Critic:

@@ -4,11 +4,16 @@ A row holds whole sequences one after the other. `position_ids` start again at 0
 how transformers knows where one ends, and only when `attention_mask` and the cache are None: with
 either of them every sequence attends to its neighbours and nothing is said. `check_packing` runs
 the model both ways once and refuses it when the two differ.
+
+transformers then makes a mask of L x L numbers for each row, which every layer keeps for backward.
+`pack` keeps L short, and gives long sequences rows of their own, which need no mask. Where the
+model's attention takes them, `shared_prompts.pack_segments` makes one row without any mask instead.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from grpo_fast.engine.logprob import linear_logprob
 
 from .head import Head, evaluating, innermost
 from .policy import is_attached
+from .segments import Segments
 
 # Largest |difference| of hidden states, relative to the largest |hidden state|.
 _BOUNDS = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -32,10 +38,12 @@ class PackedBatch:
 
     Args:
         input_ids: (R, L) int64.
-        position_ids: (R, L) int64, starting at 0 for each sequence and for the padding at the end.
+        position_ids: (R, L) int64, starting at 0 for each sequence and going on over the padding.
         rows: (N,) int64, index into the R * L hidden states of the one that predicts each token.
         ids: (N,) int64, the completion tokens, sequence after sequence in the caller's order.
         cu_seqlens: (S + 1,) int64, sequence s owns tokens cu_seqlens[s] to cu_seqlens[s + 1].
+        segments: (K, 3) int64 on the CPU, the table of `Segments` where the one row is divided so;
+            None: the rows are those that position_ids describe.
     """
 
     input_ids: Tensor
@@ -43,19 +51,33 @@ class PackedBatch:
     rows: Tensor
     ids: Tensor
     cu_seqlens: Tensor
+    segments: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the same batch on another device."""
-        return PackedBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "segments"}
+        moved = {name: value.to(device) for name, value in moved.items()}
+        return PackedBatch(**moved, segments=self.segments)
 
-    def inputs(self) -> dict[str, Any]:
-        """Return the keywords of the forward, the two that must be off among them."""
+    @cached_property
+    def layout(self) -> Segments | None:
+        """How the row is divided; None: as position_ids describe it."""
+        return None if self.segments is None else Segments(self.segments.cpu())
+
+    def body_inputs(self) -> dict[str, Any]:
+        """Return the keywords of a backbone's forward, to be called under `laid_out(layout)`."""
         return {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
             "attention_mask": None,
             "use_cache": False,
         }
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the keywords of an attached model's forward, the two that must be off among them,
+        and the layout where there is one."""
+        layout = {} if self.layout is None else {"layout": self.layout}
+        return {**self.body_inputs(), **layout}
 
     def select(self, hidden: Tensor) -> Tensor:
         """Return (N, H), the hidden states that predict `ids`, from hidden (R, L, H)."""
@@ -72,6 +94,10 @@ def pack(
 ) -> PackedBatch:
     """Pack each prompt with its completion, longest first, into the first row with room.
 
+    A sequence longer than a row gives every sequence a row of its own: transformers then needs no
+    mask, while rows as long as the longest would each have one of its length squared. The width of
+    rows that hold several sequences is a multiple of 16, which the kernels that read a mask want.
+
     The last token of a completion predicts nothing and is not fed to the model, nor is a prompt
     whose completion is empty. Without any completion token the batch is one padding token, so
     that every rank still runs its forward.
@@ -80,23 +106,28 @@ def pack(
         prompt_ids: S prompts, none empty.
         completion_ids: S completions, any of them possibly empty.
         pad_id: token put behind the last sequence of a row.
-        row_length: tokens of a row, or the longest sequence if that is more. None puts all into
-            one row, for flash attention, which knows sequences in a single row only.
+        row_length: tokens of a row that holds several sequences. None puts all into one row, for
+            flash attention, which knows sequences in a single row only.
         device: where the tensors are made.
 
     Raises:
         ValueError: no sequences, unequal numbers of them, an empty prompt, or row_length < 1.
     """
-    _check_sequences(prompt_ids, completion_ids, row_length)
+    check_sequences(prompt_ids, completion_ids)
+    if row_length is not None and row_length < 1:
+        fail("row_length", "None or an integer >= 1", row_length)
     lengths = [
         len(p) + len(c) - 1 if c else 0 for p, c in zip(prompt_ids, completion_ids, strict=True)
     ]
     places, fills = _first_fit(lengths, row_length)
     width = max(1, *fills)
+    if row_length is not None and len(places) > len(fills):
+        width += -width % 16
     input_ids = torch.full((len(fills), width), pad_id, dtype=torch.int64)
-    position_ids = torch.zeros_like(input_ids)
-    for row, fill in enumerate(fills):
-        position_ids[row, fill:] = torch.arange(width - fill)
+    position_ids = torch.arange(width).repeat(len(fills), 1)
+    for row, start in sorted(places.values()):
+        # over the padding behind too: what starts again at 0 is a sequence, and needs a mask
+        position_ids[row, start:] = torch.arange(width - start)
     rows, bounds = [torch.empty(0, dtype=torch.int64)], [0]
     for s, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
         bounds.append(bounds[-1] + len(completion))
@@ -105,7 +136,6 @@ def pack(
         row, start = places[s]
         stop = start + lengths[s]
         input_ids[row, start:stop] = torch.tensor([*prompt, *completion[:-1]])
-        position_ids[row, start:stop] = torch.arange(lengths[s])
         rows.append(torch.arange(start + len(prompt) - 1, stop) + row * width)
     ids = torch.tensor([token for c in completion_ids for token in c], dtype=torch.int64)
     return PackedBatch(
@@ -117,30 +147,35 @@ def pack(
     )
 
 
-def _check_sequences(
-    prompt_ids: list[list[int]], completion_ids: list[list[int]], row_length: int | None
-) -> None:
+def check_sequences(prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> None:
+    """Refuse sequences that cannot be packed.
+
+    Raises:
+        ValueError: none, unequal numbers of prompts and completions, or an empty prompt.
+    """
     if not prompt_ids or len(prompt_ids) != len(completion_ids):
         expected = "one completion per prompt and at least one"
         fail("completion_ids", expected, f"{len(completion_ids)} for {len(prompt_ids)} prompts")
     for s, prompt in enumerate(prompt_ids):
         if not prompt:
             fail("prompt_ids", "at least one token", f"none in row {s}")
-    if row_length is not None and row_length < 1:
-        fail("row_length", "None or an integer >= 1", row_length)
 
 
 def _first_fit(
     lengths: list[int], row_length: int | None
 ) -> tuple[dict[int, tuple[int, int]], list[int]]:
     """First-fit decreasing: {sequence: (row, offset)} and the number of tokens in each row."""
-    capacity = sum(lengths) if row_length is None else max(row_length, *lengths)
+    capacity = sum(lengths) if row_length is None else row_length
+    if max(lengths) > capacity:
+        # a row for each
+        capacity = 0
     places: dict[int, tuple[int, int]] = {}
     fills = [0]
     for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
         if not lengths[s]:
             continue
-        row = next((r for r, fill in enumerate(fills) if fill + lengths[s] <= capacity), None)
+        fits = (r for r, fill in enumerate(fills) if not fill or fill + lengths[s] <= capacity)
+        row = next(fits, None)
         if row is None:
             row = len(fills)
             fills.append(0)
@@ -178,7 +213,7 @@ def check_packing(model: nn.Module, pad_id: int) -> None:
         ValueError: one of them fails, and by how much. Models with a recurrent state fail (Mamba,
             Falcon-H1, RecurrentGemma, ...), as do those that do not look at `position_ids`.
     """
-    _check_attached(model)
+    check_attached(model)
     lm = innermost(model)
     vocab = lm.get_input_embeddings().num_embeddings
     tokens = [(5 + 3 * i) % vocab for i in range(24)]
@@ -187,27 +222,39 @@ def check_packing(model: nn.Module, pad_id: int) -> None:
     options = {"pad_id": pad_id, "device": lm.device}
     options["row_length"] = None if default_row_length(model) is None else 16
     together = pack(prompts, completions, **options)
+    pairs = zip(prompts, completions, strict=True)
+    alone = [pack([p], [c], **options) for p, c in pairs]
+    error = packing_error(model, together, alone)
+    if error:
+        raise ValueError(
+            f"model: {type(lm).__name__} ({lm.config._attn_implementation} attention) cannot be "
+            f"packed: {error}. Use a model with attention only, whose layers honour position_ids, "
+            "and sdpa, eager or flash attention"
+        )
+
+
+def packing_error(model: nn.Module, together: PackedBatch, alone: list[PackedBatch]) -> str:
+    """What is wrong with sequences packed together, measured against each alone; empty: nothing."""
+    lm = innermost(model)
     with evaluating(model):
         leak = _leak(lm, together)
         with torch.no_grad():
             packed = _selected_hidden(model, together)
-            pairs = zip(prompts, completions, strict=True)
-            alone = [_selected_hidden(model, pack([p], [c], **options)) for p, c in pairs]
-    error = ((packed - torch.cat(alone)).abs().max() / packed.abs().max()).item()
+            separate = torch.cat([_selected_hidden(model, one) for one in alone])
+    error = ((packed - separate).abs().max() / packed.abs().max()).item()
     allowed = _BOUNDS.get(lm.dtype, _BOUND_FP32)
     # `not <=` and not `>`, so that a NaN is refused too.
-    if leak != 0 or not error <= allowed:
-        raise ValueError(
-            f"model: {type(lm).__name__} ({lm.config._attn_implementation} attention) cannot be "
-            "packed: in a row with others, the hidden states of a sequence have a gradient of "
-            f"{leak:.3g} with respect to its neighbours (expected 0) and differ from those of the "
-            f"sequence alone by {error:.3g} of the largest ({allowed:.2g} allowed). Use a model "
-            "with attention only, whose layers honour position_ids, and sdpa, eager or flash "
-            "attention"
-        )
+    if leak == 0 and error <= allowed:
+        return ""
+    return (
+        "in a row with others, the hidden states of a sequence have a gradient of "
+        f"{leak:.3g} with respect to its neighbours (expected 0) and differ from those of the "
+        f"sequence alone by {error:.3g} of the largest ({allowed:.2g} allowed)"
+    )
 
 
-def _check_attached(model: nn.Module) -> None:
+def check_attached(model: nn.Module) -> None:
+    """Refuse a model that does not take `head_fn`."""
     # transformers swallows keywords that it does not know, and would return logits.
     if not is_attached(model):
         fail("model", "one that takes head_fn", type(model).__name__, "call attach(model) first.")
@@ -236,14 +283,22 @@ def _leak(lm: PreTrainedModel, batch: PackedBatch) -> float:
         handle.remove()
     # A plain sum would have no gradient behind a LayerNorm.
     probe = hidden * torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)
-    segment = (batch.position_ids == 0).flatten().cumsum(0)
     worst = 0.0
     for start, stop in zip(batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True):
         score = probe[start:stop].sum()
         (gradient,) = torch.autograd.grad(score, leaves[-1], retain_graph=True)
-        others = segment != segment[batch.rows[start]]
+        others = _others(batch, batch.rows[start:stop])
         worst = max(worst, gradient.flatten(0, 1)[others].abs().max().item())
     return worst
+
+
+def _others(batch: PackedBatch, rows: Tensor) -> Tensor:
+    """Which of the R * L tokens are not in the sequence whose hidden states are at `rows`."""
+    if batch.layout is not None:
+        tokens = torch.arange(batch.layout.tokens, device=rows.device)
+        return ~batch.layout.sees(rows[-1], tokens)
+    segment = (batch.position_ids == 0).flatten().cumsum(0)
+    return segment != segment[rows[0]]
 
 
 @torch.no_grad()
@@ -269,7 +324,7 @@ def completion_logprobs(
     Raises:
         ValueError: the model is not attached.
     """
-    _check_attached(model)
+    check_attached(model)
 
     def score(hidden: Tensor, head: Head) -> Tensor | tuple[Tensor, Tensor]:
         out = linear_logprob(

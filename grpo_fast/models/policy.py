@@ -1,7 +1,8 @@
 """Hugging Face causal language models as policies: `head_fn`, loading, the reference policy.
 
-`attach(model)` adds one keyword to `forward`: with `head_fn` the model runs its backbone, never
-computes logits, and returns `head_fn(hidden, head)`. The keyword travels through PEFT, DDP and
+`attach(model)` adds a keyword to `forward`: with `head_fn` the model runs its backbone, never
+computes logits, and returns `head_fn(hidden, head)`. A second one beside it, `layout`, divides the
+one row into `Segments`. The keywords travel through PEFT, DDP and
 FSDP wrappers, so their hooks fire as in any other forward.
 """
 
@@ -19,8 +20,10 @@ from transformers import (
 
 from grpo_fast.checks import fail
 
+from .attention import install
 from .head import TRANSFORM, backbone, check_head, find_head, innermost
 from .rope import check_positions
+from .segments import Segments, laid_out
 
 _MARK = "_grpo_fast_previous"
 
@@ -90,6 +93,12 @@ def is_attached(model: nn.Module) -> bool:
     return _ours(innermost(model)) is not None
 
 
+def takes_segments(lm: PreTrainedModel) -> bool:
+    """Whether the attention implementation of a model has been taught to take `Segments`."""
+    config = lm.config.get_text_config(decoder=True)
+    return install(config._attn_implementation or "eager")
+
+
 def _ours(lm: PreTrainedModel) -> Callable[..., Any] | None:
     # Accelerate wraps forward for mixed precision and leaves the inner one in `__wrapped__`.
     forward = lm.forward
@@ -111,16 +120,21 @@ def _with_head_fn(lm: PreTrainedModel) -> Callable[..., Any]:
     else:
         inner = lambda self, *args, **kwargs: previous(*args, **kwargs)  # noqa: E731
 
-    def forward(self: PreTrainedModel, *args: Any, head_fn: Any = None, **kwargs: Any) -> Any:
-        if head_fn is None:
-            return inner(self, *args, **kwargs)
-        return _through_head(self, args, kwargs, head_fn)
+    def forward(
+        self: PreTrainedModel, *args: Any, head_fn: Any = None, layout: Any = None, **kwargs: Any
+    ) -> Any:
+        if head_fn is not None:
+            return _through_head(self, args, kwargs, head_fn, layout)
+        if layout is not None:
+            fail("layout", "None without head_fn", type(layout).__name__)
+        return inner(self, *args, **kwargs)
 
     # `generate` reads the signature to learn whether the model takes a mask and positions.
     signature = inspect.signature(lm.forward)
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     parameters += [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    parameters += [inspect.Parameter("head_fn", inspect.Parameter.KEYWORD_ONLY, default=None)]
+    for name in ("head_fn", "layout"):
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None))
     parameters += [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
     forward.__signature__ = signature.replace(parameters=parameters)
     setattr(forward, _MARK, previous)
@@ -128,7 +142,11 @@ def _with_head_fn(lm: PreTrainedModel) -> Callable[..., Any]:
 
 
 def _through_head(
-    lm: PreTrainedModel, args: tuple, kwargs: Mapping[str, Any], head_fn: Callable[..., Any]
+    lm: PreTrainedModel,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    head_fn: Callable[..., Any],
+    layout: Segments | None,
 ) -> Any:
     # PEFT passes every argument of a causal model on, most of them None.
     given = {name: value for name, value in kwargs.items() if value is not None}
@@ -139,7 +157,12 @@ def _through_head(
     if given.setdefault("use_cache", False):
         hint = "a cache switches packed attention off."
         fail("use_cache", "False or None", given["use_cache"], hint)
-    check_positions(lm, given.get("position_ids"))
-    hidden = backbone(lm)(*args, **given)[0]
+    several = layout is not None and layout.sequences > 1
+    check_positions(lm, given.get("position_ids"), several)
+    if layout is not None and not takes_segments(lm):
+        got = lm.config._attn_implementation
+        fail("layout", "an attention implementation that takes segments", got)
+    with laid_out(layout):
+        hidden = backbone(lm)(*args, **given)[0]
     head = find_head(lm)
     return head_fn(hidden.to(head.weight.dtype), head)

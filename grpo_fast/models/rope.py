@@ -38,8 +38,15 @@ def _limit(text: Any, parameters: dict[str, Any]) -> int | None:
     return own or getattr(text, "max_position_embeddings", None)
 
 
-def check_positions(lm: PreTrainedModel, position_ids: Tensor | None) -> None:
+def check_positions(
+    lm: PreTrainedModel, position_ids: Tensor | None, several: bool = False
+) -> None:
     """Refuse several sequences in one forward when one of them is longer than `shared_limit`.
+
+    Args:
+        lm: the model.
+        position_ids: of the forward; a 0 is where a sequence begins.
+        several: there are more sequences than zeros: completions of one prompt.
 
     Raises:
         ValueError: naming the limit and the longest sequence.
@@ -48,7 +55,7 @@ def check_positions(lm: PreTrainedModel, position_ids: Tensor | None) -> None:
     if limit is None or position_ids is None:
         return
     longest = int(position_ids.max()) + 1
-    if longest > limit and int((position_ids == 0).sum()) > 1:
+    if longest > limit and (several or int((position_ids == 0).sum()) > 1):
         expected = (
             f"sequences of at most {limit} tokens beside others in {type(lm).__name__}, whose "
             "rotary frequencies are those of the longest"

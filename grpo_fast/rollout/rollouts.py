@@ -63,6 +63,17 @@ class Rollouts:
             return [len(ids) for ids in self.completion_ids]
         return [sum(map(bool, row)) for row in self.mask]
 
+    def take(self, rows: list[int]) -> Rollouts:
+        """Those completions, in this order."""
+        names = ("prompt_ids", "completion_ids", "truncated", "logp", "mask")
+        given = {name: getattr(self, name) for name in names}
+        taken = {n: v if v is None else [v[row] for row in rows] for n, v in given.items()}
+        return Rollouts(**taken, version=self.version)
+
+    def part(self, rows: slice) -> Rollouts:
+        """A stretch of the completions."""
+        return self.take(list(range(*rows.indices(len(self.completion_ids)))))
+
 
 def joined(parts: list[Rollouts]) -> Rollouts:
     """Several rollouts as one, in order; what one of them does not have, none has."""

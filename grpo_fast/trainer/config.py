@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from grpo_fast.checks import fail
 
+from .forward_options import ForwardOptions
 from .inherited import check_inherited
 from .kl import KLOptions
 from .kl import option as _option
@@ -21,7 +22,13 @@ from .sampling_options import SamplingOptions
 
 @dataclass
 class GRPOConfig(
-    LossOptions, SamplingOptions, RewardOptions, KLOptions, MemoryOptions, TrainingArguments
+    LossOptions,
+    ForwardOptions,
+    SamplingOptions,
+    RewardOptions,
+    KLOptions,
+    MemoryOptions,
+    TrainingArguments,
 ):
     """Arguments of `GRPOTrainer`.
 
@@ -107,6 +114,7 @@ class GRPOConfig(
         self.loss_config()
         self._check_integers()
         self.num_generations_eval = self.num_generations_eval or self.num_generations
+        self.check_forward()
         self.check_sampling()
         self.check_sampler()
         self.check_rewards()

@@ -18,17 +18,13 @@ from transformers.utils import logging
 from grpo_fast.checks import fail
 from grpo_fast.loss.linear import linear_policy_loss
 from grpo_fast.models.head import evaluating
-from grpo_fast.models.packing import (
-    PackedBatch,
-    check_packing,
-    completion_logprobs,
-    default_row_length,
-    pack,
-)
+from grpo_fast.models.packing import PackedBatch, completion_logprobs
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
+from grpo_fast.models.shared_prompts import packer_of
 from grpo_fast.rollout.rollouts import Rollouts
 
+from .active import active_part, count_of
 from .banner import Banner
 from .config import GRPOConfig
 from .curves import CURVES, Curves, Row
@@ -168,8 +164,8 @@ class GRPOTrainer(ScoredTrainer):
             hint = "sampling from sharded parameters is not supported."
             fail("args", "whole parameters on every rank", engine, hint)
         attach(self.model)
-        check_packing(self.model, self.processing_class.pad_token_id)
-        self.row_length = default_row_length(self.model)
+        share = self.args.share_prompts
+        self.packer = packer_of(self.model, self.processing_class.pad_token_id, share)
         peft = hasattr(self.model, "peft_config")
         if self.args.needs_reference:
             self.reference = ReferencePolicy(self.model, peft)
@@ -224,21 +220,21 @@ class GRPOTrainer(ScoredTrainer):
         if rollouts.logp is not None and self.args.ratio_to != "old":
             expected = "'old' with a sampler that gives its log-probs"
             fail("ratio_to", expected, repr(self.args.ratio_to))
+        whole, skips = self.args.mask_truncated_completions, self.skips_inactive and not evaluate
         out = []
         for start in range(0, len(advantages), size):
             part = slice(start, start + size)
-            packed = pack(
-                rollouts.prompt_ids[part],
-                rollouts.completion_ids[part],
-                pad_id=self.processing_class.pad_token_id,
-                row_length=self.row_length,
-                device=self.args.device,
-            )
+            given, scores, count = rollouts.part(part), advantages[part], None
+            if skips:
+                count = count_of(given, self.loss_config, whole).to(self.args.device)
+                given, scores = active_part(given, scores, whole)
+            packed = self.packer.pack(given.prompt_ids, given.completion_ids, self.args.device)
             micro = self.micro_batch(
                 packed=packed,
-                advantages=advantages[part].to(self.args.device, torch.float32),
-                mask=mask_of(rollouts, part, packed, self.args.mask_truncated_completions),
-                rollout_logp=flat(rollouts.logp, part, torch.float32, self.args.device),
+                advantages=scores.to(self.args.device, torch.float32),
+                mask=mask_of(given, slice(None), packed, whole),
+                rollout_logp=flat(given.logp, slice(None), torch.float32, self.args.device),
+                count=count,
             )
             self.measure(micro, old)
             if micro.rollout_logp is not None:
@@ -252,6 +248,22 @@ class GRPOTrainer(ScoredTrainer):
 
     def _sampler_says_old(self, rollouts: Rollouts) -> bool:
         return self.args.old_logp_source == "sampler" and rollouts.logp is not None
+
+    @property
+    def skips_inactive(self) -> bool:
+        """Whether completions without a gradient need no forward: what `skip_inactive_completions`
+        asks for, where neither the loss nor a stage that a subclass replaced could need them."""
+        stages = ("loss", "policy_loss", "measure", "prepare")
+        ours = all(getattr(type(self), n) is getattr(GRPOTrainer, n) for n in stages)
+        config = self.loss_config
+        needs = (
+            self.reference is not None
+            or self.step_kl is not None
+            or config.beta != 0
+            or config.entropy_coef != 0
+            or config.top_entropy_quantile < 1
+        )
+        return self.args.skip_inactive_completions and ours and not needs
 
     def measure(self, micro: MicroBatch, old: bool) -> None:
         """Fill in what the policy says of a micro-batch: old_logp where `old` asks for it."""

@@ -173,6 +173,9 @@ class RolloutTrainer(ResumableTrainer):
         counts = []
         for micro in micro_batches:
             packed, mask = micro.packed, micro.mask
+            if micro.count is not None:
+                counts.append(micro.count.float())
+                continue
             mask = torch.ones_like(packed.ids, dtype=torch.bool) if mask is None else mask
             counts.append(weights.count(self.loss_config, mask, packed.cu_seqlens).float())
         if not self.loss_config.preset.window:

@@ -24,6 +24,7 @@ from grpo_fast.models.critic import (
     save_critic,
     separate_critic,
     shared_critic,
+    takes_segments,
     width_of,
     without_critic,
 )
@@ -166,6 +167,14 @@ class PPOTrainer(GRPOTrainer):
         if args.disable_dropout:
             disable_dropout(critic)
         self.critic = add_critic(self.model, critic)
+        # what the critic cannot read, the policy does without
+        if self.packer.segments and not takes_segments(critic, self.packer.pad_id):
+            self.packer = replace(self.packer, segments=False, share=False)
+
+    @property
+    def skips_inactive(self) -> bool:
+        """False: the critic learns of every completion."""
+        return False
 
     @property
     def token_means(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from grpo_fast.advantages.table import advantages_of
 from grpo_fast.rewards import RewardSet, weighted
 from grpo_fast.rollout.rollouts import Rollouts
 
+from .active import forward_share
 from .loop import Example, RolloutTrainer
 from .metrics import Metrics, add_rollouts, loss_metrics
 from .record import completion_of, table_of
@@ -86,7 +87,9 @@ class ScoredTrainer(RolloutTrainer):
                 advantages[local].tolist(),
                 self._extras,
             )
-        return self.batch(rollouts, advantages[local], evaluate)
+        micro_batches = self.batch(rollouts, advantages[local], evaluate)
+        metrics.add("forward_share", forward_share(rollouts, micro_batches))
+        return micro_batches
 
     def score(self, examples: list[Example], rollouts: Rollouts) -> Tensor:
         """Stage 2: rewards (B, K) of this rank, float32 on the CPU, NaN = unscorable."""

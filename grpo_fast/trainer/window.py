@@ -37,6 +37,8 @@ class MicroBatch:
         values: (N,) float32, what a critic expects; for PPO.
         returns: (N,) float32, what the critic is taught; for PPO.
         denominator: 0-d, what the loss divides by; set for each optimizer step.
+        count: 0-d int64, what the micro-batch adds to denominators where completions without a
+            gradient were left out of it; None: what the others add.
     """
 
     packed: PackedBatch
@@ -48,6 +50,7 @@ class MicroBatch:
     values: Tensor | None = None
     returns: Tensor | None = None
     denominator: Tensor | None = None
+    count: Tensor | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on another device."""
@@ -75,7 +78,7 @@ class MicroBatch:
         if foreign:
             hint = "resume with the trainer that wrote it"
             fail("resume_from_checkpoint", f"micro-batches of {cls.__name__}", foreign, hint)
-        packed = PackedBatch(**{name: state[name] for name in _PACKED})
+        packed = PackedBatch(**{name: state[name] for name in _PACKED if name in state})
         return cls(packed=packed, **{name: state[name] for name in known if name in state})
 
     # Trainer counts tokens and operations of `inputs["input_ids"]`: its batches are mappings

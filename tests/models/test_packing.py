@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packing_cases import kept_for_backward
 from tiny import tiny
 from torch import nn
 
@@ -37,7 +38,13 @@ def test_layout(pairs, row_length):
     rows, width = batch.input_ids.shape
     fed = [[*p, *c[:-1]] for p, c in pairs if c]
     longest = max(map(len, fed), default=1)
-    assert width <= (max(1, sum(map(len, fed))) if row_length is None else max(row_length, longest))
+    several = len(fed) > rows
+    if row_length is None:
+        assert (rows, width) == (1, max(1, sum(map(len, fed))))
+    elif several:
+        assert longest <= row_length and width % 16 == 0 and width < row_length + 16
+    else:
+        assert width == longest
     assert batch.ids.tolist() == [token for c in completions for token in c]
     ends = torch.tensor([len(c) for c in completions]).cumsum(0).tolist()
     assert batch.cu_seqlens.tolist() == [0, *ends]
@@ -46,6 +53,8 @@ def test_layout(pairs, row_length):
     assert (batch.position_ids[:, 0] == 0).all()
     steps = batch.position_ids.diff(dim=1)
     assert ((steps == 1) | (batch.position_ids[:, 1:] == 0)).all()
+    # the padding is no sequence: a row of one needs no mask
+    assert (batch.position_ids == 0).sum() == max(len(fed), 1)
     used = torch.zeros(rows * width, dtype=torch.bool)
     for s, (prompt, completion) in enumerate(pairs):
         where = batch.rows[batch.cu_seqlens[s] : batch.cu_seqlens[s + 1]]
@@ -61,10 +70,10 @@ def test_layout(pairs, row_length):
         assert not used[span].any()
         used[span] = True
     assert (flat[~used] == PAD).all()
-    if row_length is not None and rows > 1:
+    if row_length is not None and rows > 1 and longest <= row_length:
         # First fit leaves no two rows that would go into one.
         fills = used.view(rows, width).sum(1).tolist()
-        assert sum(sorted(fills)[:2]) > max(row_length, longest)
+        assert sum(sorted(fills)[:2]) > row_length
 
 
 def reference(model, prompts, completions):
@@ -117,7 +126,7 @@ def test_padding_at_the_end_changes_nothing():
     attach(model)
     seen = []
     for pad in (0, 50):
-        batch = pack(PROMPTS, COMPLETIONS, pad_id=pad, row_length=16, device="cpu")
+        batch = pack(PROMPTS, COMPLETIONS, pad_id=pad, row_length=20, device="cpu")
         assert (batch.input_ids == pad).sum() > 3
         seen.append(packed_hidden(model, batch))
     assert torch.equal(*seen)
@@ -243,3 +252,17 @@ def test_select_takes_rows_of_the_flattened_batch():
     batch = PackedBatch(unused, unused, torch.tensor([4, 1]), unused, unused)
     hidden = torch.arange(12.0).view(2, 3, 2)
     assert batch.select(hidden).tolist() == [[8, 9], [2, 3]]
+
+
+def test_a_sequence_longer_than_a_row_gives_each_a_row_and_no_mask():
+    """Rows as long as the longest would each have a mask of its length squared, in every layer."""
+    prompts, completions = [[3] * 90, [4] * 3, [5] * 4], [[6] * 40, [7] * 3, [8] * 5]
+    model = tiny("Llama", max_position_embeddings=256)
+    attach(model)
+    model.train()
+    for rows in (64, 256):
+        batch = pack(prompts, completions, pad_id=PAD, row_length=rows, device="cpu")
+        tensors = kept_for_backward(lambda batch=batch: packed_hidden(model, batch))
+        masks = [t for t in tensors if t.shape[-2:] == (batch.input_ids.shape[1],) * 2]
+        assert len(batch.input_ids) == (3 if rows == 64 else 1)
+        assert bool(masks) is (rows == 256)

@@ -81,7 +81,7 @@ def tiny(family: str = "Llama", seed: int = 0, **changes: Any) -> tf.PreTrainedM
         pytest.skip(f"transformers {tf.__version__} has no {family}")
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    config = getattr(tf, f"{family}Config")(**{**SHAPE, **FAMILIES[family], **changes})
+    config = getattr(tf, f"{family}Config")(**{**SHAPE, **FAMILIES.get(family, {}), **changes})
     model = getattr(tf, f"{family}ForCausalLM" if family != "GPT2" else "GPT2LMHeadModel")(config)
     # The usual initialisation is so small that attention hardly shows; a bias would be zero.
     with torch.no_grad():

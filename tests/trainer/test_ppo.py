@@ -15,6 +15,7 @@ from grpo_fast import linear_policy_loss
 from grpo_fast.advantages import gae, token_rewards
 from grpo_fast.models.critic import without_critic
 from grpo_fast.models.head import backbone, find_head
+from grpo_fast.models.segments import laid_out
 from grpo_fast.objective.value import value_loss
 
 
@@ -41,7 +42,8 @@ def test_the_actor_of_the_first_step_to_the_bit(tmp_path):
     policy = model()
     policy.load_state_dict(without_critic(step["weights"]))
     packed = micro.packed
-    hidden = packed.select(backbone(policy)(**packed.inputs())[0])
+    with laid_out(packed.layout):
+        hidden = packed.select(backbone(policy)(**packed.body_inputs())[0])
     assert micro.advantages.shape == packed.ids.shape
     loss, _ = linear_policy_loss(
         hidden,

@@ -77,7 +77,8 @@ def test_two_ranks_train_what_one_does(trained, tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
     first, second = lines(tmp_path), lines(trained / "two")
     assert first.keys() == second.keys() and first["seen"] == 12 and second["seen"] == 6
-    varying = ("seen", "step_time", "time", "runtime", "per_second", "active_rows")
+    # a group that lies on both ranks has its prompt on both
+    varying = ("seen", "step_time", "time", "runtime", "per_second", "active_rows", "forward_share")
     local = ("clip_ratio/low_min", "clip_ratio/high_max", "eval_")
     for key, value in first.items():
         if not any(key.endswith(v) for v in varying) and not key.startswith(local):
@@ -99,3 +100,15 @@ def test_ranks_sample_apart_and_resume_together(trained, tmp_path):
     on_two_ranks({"folder": str(tmp_path), "size": 3, "sampled": True, "resume": str(folder)})
     resumed = weights(tmp_path)
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_a_rank_whose_groups_are_flat_takes_part(tmp_path):
+    """Rank 0 has no gradient: the weights are those of one process all the same."""
+    options = {"beta": 0.0, "flat": True}
+    on_two_ranks({"folder": str(tmp_path / "two"), "size": 4, "options": options})
+    train(tmp_path / "one", 8, options=options)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    moved = [(one[n] - p).abs().max() for n, p in model().state_dict().items() if n in one]
+    assert max(moved) > 1e-3
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
