@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
 )
@@ -21,6 +21,7 @@ from grpo_fast.checks import fail
 
 from .head import TRANSFORM, backbone, check_head, find_head, innermost
 from .rope import check_positions
+from .sharding import as_forward_of, is_unit
 
 _MARK = "_grpo_fast_previous"
 
@@ -141,5 +142,10 @@ def _through_head(
         fail("use_cache", "False or None", given["use_cache"], hint)
     check_positions(lm, given.get("position_ids"))
     hidden = backbone(lm)(*args, **given)[0]
-    head = find_head(lm)
-    return head_fn(hidden.to(head.weight.dtype), head)
+
+    def score(states: Tensor) -> Any:
+        head = find_head(lm, partitioned=True)
+        return head_fn(states.to(head.weight.dtype), head)
+
+    module = lm.get_output_embeddings()
+    return as_forward_of(module, score, hidden) if is_unit(module) else score(hidden)

@@ -19,7 +19,6 @@ from transformers.utils import logging
 
 from grpo_fast.advantages.decoupled import decoupled_advantages
 from grpo_fast.advantages.table import advantages_of
-from grpo_fast.checks import fail
 from grpo_fast.loss.linear import linear_policy_loss
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.packing import (
@@ -31,11 +30,13 @@ from grpo_fast.models.packing import (
 )
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
+from grpo_fast.models.sharding import reshard
 from grpo_fast.rewards import weighted
 from grpo_fast.rollout.hf import HFSampler
 from grpo_fast.rollout.rollouts import Rollouts
 
 from .config import GRPOConfig
+from .head_sharding import HeadSharding
 from .kl import approximate_kl
 from .loop import Example, RolloutTrainer, StepCallback
 from .metrics import Metrics, add_rollouts, loss_metrics
@@ -138,22 +139,22 @@ class GRPOTrainer(RolloutTrainer):
         set_seed(args.seed, device_specific=True)
 
     def _prepare_policy(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            hint = "sampling from sharded parameters is not supported."
-            fail("args", "whole parameters on every rank", engine, hint)
+        self.check_engine()
         attach(self.model)
         check_packing(self.model, self.processing_class.pad_token_id)
         self.row_length = default_row_length(self.model)
         peft = hasattr(self.model, "peft_config")
+        if self.args.head_sharding is not None:
+            self.head_sharding = HeadSharding(self)
         if self.args.needs_reference:
-            self.reference = ReferencePolicy(self.model, peft)
+            self.reference = ReferencePolicy(self.model, peft, self.shard_frozen)
             self.stateful["reference"] = self.reference
         self.sampler = HFSampler(
             self.model,
             generation_config=self.generation_config,
             pad_id=self.processing_class.pad_token_id,
             eos_ids=self.eos_ids,
+            gather=self.args.ds3_gather_for_generation,
         )
 
     def encode(self, prompt: Any) -> list[int]:
@@ -254,13 +255,15 @@ class GRPOTrainer(RolloutTrainer):
         self, hidden: Tensor, head: Any, micro: MicroBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the policy on hidden (N, H), and its metrics."""
-        packed = micro.packed
+        packed, config = micro.packed, self.current_loss_config()
+        if self.head_sharding is not None:
+            return self.head_sharding.loss(hidden, head, micro, config, self.args.workspace_bytes)
         loss, metrics, *terms = linear_policy_loss(
             hidden,
             head,
             packed.ids,
             micro.advantages,
-            config=self.current_loss_config(),
+            config=config,
             mask=micro.mask,
             cu_seqlens=packed.cu_seqlens,
             old_logp=micro.old_logp,
@@ -342,10 +345,16 @@ class GRPOTrainer(RolloutTrainer):
 
     @torch.no_grad()
     def _logprobs(self, model: nn.Module, packed: PackedBatch) -> Tensor:
+        budget = self.args.workspace_bytes
         with evaluating(model), self.accelerator.autocast():
-            return completion_logprobs(
-                model, packed, self.args.temperature, workspace_bytes=self.args.workspace_bytes
-            )
+            if self.head_sharding is not None:
+                logp = self.head_sharding.logprobs(model, packed, self.args.temperature, budget)
+            else:
+                logp = completion_logprobs(
+                    model, packed, self.args.temperature, workspace_bytes=budget
+                )
+        reshard(model)
+        return logp
 
     def named(self, values: dict[str, float], evaluate: bool = False) -> dict[str, float]:
         """TRL's names for the metrics."""

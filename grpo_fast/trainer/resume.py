@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from grpo_fast.checks import fail
@@ -18,6 +18,7 @@ from . import checkpoint
 from .checkpoint import Stateful
 from .config import GRPOConfig
 from .folder import run_folder
+from .sharding import ShardedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Counters:
             setattr(self, name, value)
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(ShardedTrainer):
     """Trainer whose checkpoints hold a run: its parts, and what has to be the same to go on.
 
     Attributes:

@@ -37,6 +37,12 @@ class SamplingOptions:
         None, "Further fields of GenerationConfig (dict or JSON)."
     )
 
+    ds3_gather_for_generation: bool = _option(
+        True,
+        "FSDP2 and ZeRO-3: hold all weights on every rank while sampling. False gathers each layer "
+        "for each token: less memory, and an all-gather of the model for every token.",
+    )
+
     def check_sampling(self) -> None:
         """Refuse numbers out of range and what other fields own."""
         # (name, largest value, whether 0 is allowed)
