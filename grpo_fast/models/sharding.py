@@ -22,6 +22,8 @@ from grpo_fast.engine.gathering import is_dtensor, is_zero3
 _CHECKPOINTED = "_checkpoint_wrapped_module."
 # in `ds_active_sub_modules` it keeps ZeRO-3 from releasing a parameter between modules
 _HELD = -1
+# marks a head that is split by the vocabulary; a mark on a parameter would not outlive `.to()`
+SPLIT = "_grpo_fast_split"
 # root -> the units that it keeps whole after a forward; learned in the first one
 _KEPT: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
 
@@ -154,8 +156,8 @@ def _whole_heads(model: nn.Module) -> Iterator[None]:
     split = [
         (module, name, p)
         for module in model.modules()
+        if getattr(module, SPLIT, False)
         for name, p in module.named_parameters(recurse=False)
-        if is_dtensor(p) and getattr(p, SPLIT, False)
     ]
     for module, name, p in split:
         module._parameters[name] = nn.Parameter(p.detach().full_tensor(), requires_grad=False)
@@ -164,10 +166,6 @@ def _whole_heads(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, p in split:
             module._parameters[name] = p
-
-
-# marks the parameters of a head that `split_head` has split
-SPLIT = "_grpo_fast_split"
 
 
 def gathered_parameters(parameters: list[Tensor], modify: bool = False) -> Any:

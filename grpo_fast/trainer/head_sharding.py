@@ -72,9 +72,8 @@ class HeadSharding:
         module = innermost(model).get_output_embeddings()
         for name, p in list(module.named_parameters()):
             rows = distribute_tensor(p.detach().to(device), self.mesh, [Shard(0)])
-            own = nn.Parameter(rows, requires_grad=p.requires_grad)
-            setattr(own, SPLIT, True)
-            setattr(module, name, own)
+            setattr(module, name, nn.Parameter(rows, requires_grad=p.requires_grad))
+        setattr(module, SPLIT, True)
         where = next(name for name, child in model.named_modules() if child is module)
         self.accelerator.state.fsdp_plugin.ignored_modules = re.escape(where)
 

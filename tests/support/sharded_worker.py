@@ -121,7 +121,7 @@ def train(
     tied: bool = False,
     lora: bool = False,
     fsdp: dict[str, Any] | None = None,
-    resume: str | None = None,
+    resume: str | bool | None = None,
     die: int | None = None,
     **overrides: Any,
 ) -> Any:
