@@ -108,7 +108,7 @@ class ShardedTrainer(Trainer):
             )
 
     def shard_frozen(self, model: nn.Module) -> nn.Module:
-        """A frozen copy of the policy, sharded as the policy will be; as it is without an engine."""
+        """A frozen copy of the policy, in shards as the policy will be, where there is an engine."""
         if self.is_fsdp_enabled:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -117,7 +117,7 @@ class ShardedTrainer(Trainer):
             return fsdp2_prepare_model(self.accelerator, model)
         if self.is_deepspeed_enabled:
             return self._frozen_engine(model)
-        return model.to(self.args.device)
+        return model
 
     def _frozen_engine(self, model: nn.Module) -> nn.Module:
         import deepspeed

@@ -9,8 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parents[1]
+
+# of what two processes and one log
+COMPARED = {"loss", "kl", "grad_norm", "entropy", "reward", "ratio/max", "active_rows"}
 
 
 def launch(
@@ -47,3 +53,19 @@ def trained(engine: str, *runs: dict, **options) -> None:
     """Train each of the runs, one after the other, on the same processes."""
     done = launch("sharded_worker.py", engine, json.dumps(runs), **options)
     assert [code for code, _ in done] == [0] * len(done), "\n".join(t[-3000:] for _, t in done)
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights that `save_model` wrote."""
+    (file,) = (folder / "final").glob("*model.safetensors")
+    return load_file(file)
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "grad_norm" in row]

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from sharded_worker import policy_of, train, write_models
-from torchrun import launch, trained
+from torchrun import COMPARED, final, furthest, launch, rows, trained
 from transformers import AutoModelForCausalLM
 
 from grpo_fast.trainer import checkpoint
@@ -28,7 +27,6 @@ CANNED = {
     "head": {"head_sharding": "vocabulary", **MOVING},
     "head_frozen": {"head_sharding": "vocabulary", "lora": True, "loss_type": "gspo"},
 }
-COMPARED = {"loss", "kl", "grad_norm", "entropy", "reward", "ratio/max", "active_rows"}
 SAMPLED = {"sampled": True, "optim": "adamw_torch", "learning_rate": 1e-2, "save_steps": 1}
 SAMPLED |= {"save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2, "size": 2}
 BY_LAYER = {"ds3_gather_for_generation": False}
@@ -43,17 +41,6 @@ RUNS = {
     "head_layers": {**SAMPLED, "head_sharding": "vocabulary", **BY_LAYER},
     "shards": {**SAMPLED, **SHARDS, **MOVING},
 }
-
-
-def final(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights that `save_model` wrote."""
-    (file,) = (folder / "final").glob("*model.safetensors")
-    return load_file(file)
-
-
-def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +73,6 @@ def test_two_processes_train_what_one_does(folder, name):
 
 def _kind(options: dict) -> dict:
     return {"tied": options.get("tied", False), "lora": options.get("lora", False)}
-
-
-def rows(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "grad_norm" in row]
 
 
 @pytest.mark.parametrize("kind", ("", "lora_", "head_"))

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from sharded_worker import train, write_models
-from test_sharded import COMPARED, final, furthest, rows
-from torchrun import launch, trained
+from torchrun import COMPARED, final, furthest, launch, rows, trained
 from transformers import AutoModelForCausalLM
 
 if importlib.util.find_spec("deepspeed") is None:
