@@ -305,10 +305,12 @@ class GRPOTrainer(RolloutTrainer):
         # a rank's share may begin and end inside a group; runs of one prompt are multiples of this
         repeat = math.gcd(num_generations, len(examples))
         self._extras, self._metrics_in_use = {}, metrics
-        rollouts = self.generate(examples[::repeat], repeat)
+        # ranks evaluate unequal numbers of batches: only in training are they here together
+        together = (lambda _, stage: stage()) if evaluate else self.on_every_rank
+        rollouts = together("sampling", lambda: self.generate(examples[::repeat], repeat))
         if rollouts.version is None:
             rollouts.version = self.state.global_step
-        rewards = self.score(examples, rollouts)
+        rewards = together("a reward", lambda: self.score(examples, rollouts))
         columns = (
             [len(ids) for ids in rollouts.completion_ids],
             rollouts.truncated,

@@ -7,7 +7,7 @@ the policy: what is refused, the reference in shards of its own, and weights tha
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -77,7 +77,7 @@ class ShardedTrainer(Trainer):
         parallel = getattr(accelerator, "parallelism_config", None)
         for name in ("tp_size", "cp_size", "sp_size"):
             if getattr(parallel, name, 1) > 1:
-                # cp drops the mask: packed sequences would see their neighbours, and nothing is said
+                # cp drops the mask, so that packed sequences would see their neighbours
                 fail("parallelism_config", f"{name} = 1", getattr(parallel, name))
         if any(is_dtensor(p) or is_zero3(p) for p in self.model.parameters()):
             hint = "give its name, or load it before the arguments are made"
@@ -108,7 +108,7 @@ class ShardedTrainer(Trainer):
             )
 
     def shard_frozen(self, model: nn.Module) -> nn.Module:
-        """A frozen copy of the policy, in shards as the policy will be, where there is an engine."""
+        """A frozen copy of the policy, in shards as the policy will be where there is an engine."""
         if self.is_fsdp_enabled:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -166,6 +166,29 @@ class ShardedTrainer(Trainer):
         if engine and self.model_wrapped is self.model and not units(self.model):
             hint = "set eval_on_start."
             fail("evaluate", "a call after train() under FSDP2 or DeepSpeed", "one before", hint)
+
+    def on_every_rank(self, what: str, stage: Callable[[], Any]) -> Any:
+        """`stage()`; when it raises on some rank, all ranks raise, and none waits for the others.
+
+        Raises:
+            RuntimeError: on the ranks on which it went well, naming the first on which it did not.
+        """
+        if self.accelerator.num_processes == 1:
+            return stage()
+        error, result = None, None
+        try:
+            result = stage()
+        except Exception as raised:  # noqa: BLE001 (the boundary: it is raised again below)
+            error = raised
+        ranks = self.accelerator.num_processes
+        rank = ranks if error is None else self.accelerator.process_index
+        first = torch.tensor(rank, device=self.args.device)
+        torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
+        if error is not None:
+            raise error
+        if int(first) < ranks:
+            raise RuntimeError(f"{what} failed on rank {int(first)}, whose output has the error")
+        return result
 
     def evenly(self, dataloader: Any) -> Iterator[tuple[list, bool]]:
         """The batches of evaluation, and whether each counts.

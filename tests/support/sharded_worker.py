@@ -69,6 +69,26 @@ class Sharded(TrainerCallback):
         self.seen += 1
 
 
+class Empty(Canned):
+    """The second half of a window, which is all of the second of two ranks, has no completion."""
+
+    def generate(self, examples, count):
+        """None where the place is in the second half."""
+        found = super().generate(examples, count)
+        half = self.args.generation_batch_size // 2
+        for i in range(len(found.completion_ids)):
+            if self.first + i >= half:
+                found.completion_ids[i], found.truncated[i] = [], True
+        return found
+
+
+def failing(completions, trainer_state, **_):
+    """Raises on the second rank, in the second window."""
+    if os.environ.get("RANK") == "1" and trainer_state.global_step >= 2:
+        raise ArithmeticError("this reward cannot count")
+    return reward(completions, lambda *_: None)
+
+
 FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_after_forward": True}
 
 
@@ -123,9 +143,17 @@ def train(
     fsdp: dict[str, Any] | None = None,
     resume: str | bool | None = None,
     die: int | None = None,
+    kind: str = "",
+    replicas: int = 1,
     **overrides: Any,
 ) -> Any:
-    """Four optimizer steps with `size` sequences on this rank, saved under `folder`/final."""
+    """Four optimizer steps with `size` sequences on this rank, saved under `folder`/final.
+
+    Args:
+        kind: `empty`: a rank without completions; `failing`: a rank whose reward raises.
+        replicas: how many times FSDP2 holds the parameters (HSDP).
+        die: the step at which the process ends, after its checkpoint.
+    """
     settings = {
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": 2,
@@ -145,12 +173,18 @@ def train(
     callbacks = [watch] if engine != "none" and stage in (0, 3) else []
     if die is not None:
         callbacks.append(_Die(die))
+    if replicas > 1:
+        from accelerate.parallelism_config import ParallelismConfig
+
+        shards = int(os.environ["WORLD_SIZE"]) // replicas
+        sizes = {"dp_replicate_size": replicas, "dp_shard_size": shards}
+        overrides["parallelism_config"] = ParallelismConfig(**sizes)
     given = {**settings, **engine_arguments(engine, stage, fsdp or {}), **overrides}
     run = trainer(
         str(folder),
         policy=policy_of(Path(folder), tied, lora),
-        reward=reward,
-        cls=GRPOTrainer if sampled else Canned,
+        reward=failing if kind == "failing" else reward,
+        cls=GRPOTrainer if sampled else Empty if kind == "empty" else Canned,
         callbacks=callbacks,
         processing_class=tokenizer(),
         **given,

@@ -24,6 +24,8 @@ CANNED = {
     "checkpointed": {"fsdp": {"activation_checkpointing": True}, **MOVING},
     "moving": MOVING,
     "kept": {"fsdp": {"reshard_after_forward": False}},
+    "empty": {"kind": "empty"},
+    "head_empty": {"kind": "empty", "head_sharding": "vocabulary"},
     "head": {"head_sharding": "vocabulary", **MOVING},
     "head_frozen": {"head_sharding": "vocabulary", "lora": True, "loss_type": "gspo"},
 }
@@ -134,3 +136,25 @@ def test_resumed_at_every_step_and_killed(folder):
             assert all(torch.equal(got[key], value) for key, value in want.items()), (name, step)
     got = final(folder / "killed")
     assert all(torch.equal(got[key], value) for key, value in final(folder / "shards").items())
+
+
+def test_a_reward_that_raises_on_one_rank_ends_all_of_them(folder):
+    """Within seconds, with the cause on the rank that has it, and the checkpoints before it."""
+    place = folder / "failed"
+    run = {"folder": str(place), **RUNS["whole"], "kind": "failing"}
+    (first, said), (second, cause) = launch(
+        "sharded_worker.py", "fsdp", json.dumps([run]), timeout=200
+    )
+    assert (first, second) == (1, 1)
+    assert "a reward failed on rank 1, whose output has the error" in said
+    assert "this reward cannot count" in cause
+    newest, skipped = checkpoint.newest(str(place))
+    assert newest.name == "checkpoint-2" and skipped == []
+
+
+def test_shards_in_a_node_and_replicas_over_nodes(folder):
+    """HSDP: four processes, of which two and two hold the parameters."""
+    run = {"folder": str(folder / "hsdp"), "size": 3, "replicas": 2, **MOVING}
+    trained("fsdp", run, world=4)
+    train(folder / "one_hsdp", 12, **MOVING)
+    assert furthest(final(folder / "hsdp"), final(folder / "one_hsdp")) < 5e-7
