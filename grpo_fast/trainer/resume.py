@@ -102,6 +102,7 @@ class ResumableTrainer(ShardedTrainer):
         "shuffle_dataset",
         "seed",
         "data_seed",
+        "head_sharding",
         "bf16",
         "fp16",
         *_OPTIMIZER,
@@ -129,6 +130,7 @@ class ResumableTrainer(ShardedTrainer):
             "model": checkpoint.model_digest(self.model),
             "train_dataset": [len(self.train_dataset), self.data_digest],
             "ranks": self.accelerator.num_processes,
+            "engine": self.engine,
         }
 
     def _defaults(self) -> dict[str, Any]:
@@ -140,6 +142,7 @@ class ResumableTrainer(ShardedTrainer):
         }
         # they were not recorded before 2026-11-27, and nobody left them at their defaults
         known |= {name: getattr(self.args, name) for name in _OPTIMIZER}
+        known["engine"] = None
         return {**known, **{f"loss.{f.name}": f.default for f in fields(self.loss_config)}}
 
     def _reset_run(self) -> None:

@@ -152,6 +152,14 @@ class ShardedTrainer(Trainer):
         return prepared
 
     @property
+    def engine(self) -> str | None:
+        """What shards, as far as a checkpoint depends on it; None for whole weights."""
+        if self.is_fsdp_enabled:
+            kind = "SHARDED" if self._sharded_checkpoints else "FULL"
+            return f"FSDP2 {kind}_STATE_DICT"
+        return f"ZeRO-{self._zero_stage}" if self.is_deepspeed_enabled else None
+
+    @property
     def _zero_stage(self) -> int:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         return 0 if plugin is None else plugin.zero_stage

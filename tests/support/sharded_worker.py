@@ -150,7 +150,8 @@ def train(
     """Four optimizer steps with `size` sequences on this rank, saved under `folder`/final.
 
     Args:
-        kind: `empty`: a rank without completions; `failing`: a rank whose reward raises.
+        kind: `empty`: a rank without completions; `failing`: a rank whose reward raises;
+            `finished`: nothing is left to train.
         replicas: how many times FSDP2 holds the parameters (HSDP).
         die: the step at which the process ends, after its checkpoint.
     """
@@ -190,7 +191,7 @@ def train(
         **given,
     )
     run.train(resume)
-    if callbacks and die is None:
+    if callbacks and die is None and kind != "finished":
         assert watch.seen > 0
     run.save_model(f"{folder}/final")
     return run

@@ -128,14 +128,21 @@ def test_resumed_at_every_step_and_killed(folder):
     killed = {"folder": str(folder / "killed"), **RUNS["shards"]}
     done = launch("sharded_worker.py", "fsdp", json.dumps([{**killed, "die": 3}]))
     assert [code for code, _ in done] == [9, 9]
-    trained("fsdp", *resumed, {**killed, "resume": True})
+    finished = {
+        "folder": str(folder / "finished"),
+        **RUNS["shards"],
+        "resume": str(folder / "shards" / "checkpoint-4"),
+        "kind": "finished",
+    }
+    trained("fsdp", *resumed, {**killed, "resume": True}, finished)
     for name in runs:
         want = final(folder / name)
         for step in (1, 2, 3):
             got = final(folder / f"{name}_{step}")
             assert all(torch.equal(got[key], value) for key, value in want.items()), (name, step)
-    got = final(folder / "killed")
-    assert all(torch.equal(got[key], value) for key, value in final(folder / "shards").items())
+    for name in ("killed", "finished"):
+        got = final(folder / name)
+        assert all(torch.equal(got[key], value) for key, value in final(folder / "shards").items())
 
 
 def test_a_reward_that_raises_on_one_rank_ends_all_of_them(folder):
