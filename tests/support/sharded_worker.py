@@ -17,6 +17,7 @@ import torch
 from ddp_worker import Canned, reward
 from tiny_trainer import checkpoint, dataset, tokenizer, trainer
 from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from grpo_fast import GRPOTrainer
 from grpo_fast.models.sharding import is_sharded, units
@@ -144,6 +145,7 @@ def train(
     resume: str | bool | None = None,
     die: int | None = None,
     kind: str = "",
+    named: bool = False,
     replicas: int = 1,
     **overrides: Any,
 ) -> Any:
@@ -152,6 +154,7 @@ def train(
     Args:
         kind: `empty`: a rank without completions; `failing`: a rank whose reward raises;
             `finished`: nothing is left to train.
+        named: the trainer loads the model, with the engine's configuration in force.
         replicas: how many times FSDP2 holds the parameters (HSDP).
         die: the step at which the process ends, after its checkpoint.
     """
@@ -183,7 +186,9 @@ def train(
     given = {**settings, **engine_arguments(engine, stage, fsdp or {}), **overrides}
     run = trainer(
         str(folder),
-        policy=policy_of(Path(folder), tied, lora),
+        policy=str(Path(folder).parent / "untied")
+        if named
+        else policy_of(Path(folder), tied, lora),
         reward=failing if kind == "failing" else reward,
         cls=GRPOTrainer if sampled else Empty if kind == "empty" else Canned,
         callbacks=callbacks,
@@ -217,6 +222,8 @@ def main(engine: str, runs: str) -> None:
 
     for keywords in json.loads(runs):
         AcceleratorState._reset_state()
+        # the last run's, with which the model of the next one would be partitioned at once
+        unset_hf_deepspeed_config()
         train(engine=engine, **keywords)
 
 

@@ -23,6 +23,7 @@ CANNED = {
     "lora": {"lora": True},
     "checkpointed": {"fsdp": {"activation_checkpointing": True}, **MOVING},
     "moving": MOVING,
+    "named": {"named": True},
     "kept": {"fsdp": {"reshard_after_forward": False}},
     "empty": {"kind": "empty"},
     "head_empty": {"kind": "empty", "head_sharding": "vocabulary"},

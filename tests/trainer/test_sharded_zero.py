@@ -24,6 +24,7 @@ CANNED = {
     "two": {"stage": 2},
     "three": {"stage": 3},
     "moving": {"stage": 3, **MOVING},
+    "named": {"stage": 3, "named": True},
     "tied": {"stage": 3, "tied": True},
     "lora": {"stage": 3, "lora": True},
 }
