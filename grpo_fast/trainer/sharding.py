@@ -130,8 +130,12 @@ class ShardedTrainer(Trainer):
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {**zero, "stage": 3} if stage else {"stage": 0},
-            "bf16": {"enabled": next(model.parameters()).dtype == torch.bfloat16},
         }
+        for name in ("bf16", "fp16"):
+            # the policy's, so that equal weights have a KL of 0; "auto" is what the arguments say
+            enabled = theirs.get(name, {}).get("enabled", False)
+            said = getattr(self.args, name) if enabled == "auto" else enabled
+            config[name] = {"enabled": bool(said)}
         engine = deepspeed.initialize(model=model, config=config)[0]
         engine.eval()
         return engine

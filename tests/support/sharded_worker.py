@@ -1,5 +1,6 @@
 """One rank of `test_sharded.py`: `python sharded_worker.py ENGINE JSON`, a list of keywords of
-`train`, with the environment that torchrun gives. Engine: fsdp, deepspeed or none.
+`train`, with the environment that torchrun gives. Engine: fsdp, deepspeed, none, or
+posing: FSDP is asked for, and Accelerate left as it is.
 
 On a CPU Accelerate trains DDP when it is asked for FSDP, and DeepSpeed sees one process: `pretend`
 tells them otherwise, and every run asserts that its parameters are shards.
@@ -28,7 +29,7 @@ def pretend(engine: str) -> None:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ or engine == "posing":
         return
     if engine == "deepspeed":
         import deepspeed
@@ -95,7 +96,7 @@ FSDP = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "reshard_aft
 
 def engine_arguments(engine: str, stage: int, fsdp: dict[str, Any]) -> dict[str, Any]:
     """What `GRPOConfig` is given beside the run itself."""
-    if engine == "fsdp":
+    if engine in ("fsdp", "posing"):
         return {"fsdp": True, "fsdp_config": {**FSDP, **fsdp}}
     if engine == "deepspeed":
         zero = {"stage": stage}

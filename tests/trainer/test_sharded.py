@@ -146,6 +146,17 @@ def test_resumed_at_every_step_and_killed(folder):
         assert all(torch.equal(got[key], value) for key, value in final(folder / "shards").items())
 
 
+def test_ddp_that_poses_as_fsdp_is_refused(folder):
+    """What Accelerate makes of FSDP on the CPU, if nobody tells it otherwise."""
+    run = {"folder": str(folder / "posing"), "size": 3}
+    done = launch("sharded_worker.py", "posing", json.dumps([run]), timeout=200)
+    assert [code for code, _ in done] == [1, 1]
+    for _, said in done:
+        assert (
+            "fsdp: expected a device and processes that Accelerate shards for, got MULTI_" in said
+        )
+
+
 def test_a_reward_that_raises_on_one_rank_ends_all_of_them(folder):
     """Within seconds, with the cause on the rank that has it, and the checkpoints before it."""
     place = folder / "failed"
