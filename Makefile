@@ -1,7 +1,7 @@
 # make demo   train a small language model with GRPO and watch its reward rise (no GPU needed)
 # make test   every test
 # make test-quick   the loop of a contributor: a part of it, in under three minutes
-# make test-deepspeed   a head that DeepSpeed has partitioned, with DeepSpeed itself
+# make test-deepspeed   a head, and a training run, that DeepSpeed has partitioned
 # make test-quantized   nf4 and int8 bases under an adapter, 8-bit optimizers, on the CPU
 # make test-full   the sweeps that are too long for it; the last result is tests/results/full.md
 #
@@ -184,7 +184,8 @@ test-swift: .swift/.installed
 	PYTHONPATH=.swift $(PYTEST) tests/integrations/swift $(PATHS)
 
 test-deepspeed: .deepspeed/.installed
-	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu $(PYTEST) tests/engine/test_zero3.py
+	PYTHONPATH=.deepspeed DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 \
+		$(PYTEST) tests/engine/test_zero3.py tests/trainer/test_sharded_zero.py
 
 test-quantized: .quantized/.installed
 	@echo "== packed bases and optimizers of bitsandbytes and torchao, on the CPU"

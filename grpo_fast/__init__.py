@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .engine.logprob import LogProbs, linear_logprob, logprob
     from .loss.linear import linear_policy_loss
     from .loss.logits import policy_loss
+    from .loss.vocabulary import sharded_logprob, sharded_policy_loss
     from .models.policy import attach
     from .objective.terms import TokenTerms
     from .objective.token_losses import TokenLosses, token_losses
@@ -48,6 +49,8 @@ __all__ = [
     "logprob",
     "policy_loss",
     "release_workspace",
+    "sharded_logprob",
+    "sharded_policy_loss",
     "token_losses",
 ]
 
@@ -71,6 +74,8 @@ _HOME = {
     "logprob": "engine.logprob",
     "policy_loss": "loss.logits",
     "release_workspace": "engine.chunks",
+    "sharded_logprob": "loss.vocabulary",
+    "sharded_policy_loss": "loss.vocabulary",
     "token_losses": "objective.token_losses",
 }
 _OWN_NAME = {"denominator_count": "count"}

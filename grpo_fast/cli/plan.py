@@ -7,6 +7,7 @@ import argparse
 
 from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
+from grpo_fast.plan.head_sharding import head_traffic
 from grpo_fast.plan.route import choose
 from grpo_fast.plan.shape import _DTYPES, facts_of_shape
 from grpo_fast.presets import LEVELS, PRESETS
@@ -34,6 +35,11 @@ def run(argv: list[str]) -> int:
     asked = _parser().parse_args(argv)
     hidden, vocab = _shape(asked)
     print(choose(facts_of_shape(asked, hidden, vocab)))
+    if asked.ranks != 1:
+        itemsize = {"fp32": 4, "fp64": 8}.get(asked.dtype, 2)
+        print(
+            head_traffic(asked.tokens * asked.ranks, hidden, vocab, asked.ranks, itemsize=itemsize)
+        )
     return 0
 
 
@@ -66,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-grad", action="store_true", help="the values alone")
     add("--dtype", choices=tuple(_DTYPES), default="bf16", help="of hidden states and weight")
     add("--device", choices=("cuda", "cpu"), default="cuda")
+    add("--ranks", type=int, default=1, help="of FSDP2: what the lm_head moves, split or gathered")
     add("--workspace-bytes", type=int, help="budget of the logits; default: the loss's own")
     return parser
 

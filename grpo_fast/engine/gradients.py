@@ -188,9 +188,10 @@ class HeadGradients:
                 self.main_grad.add_(self.dweight)
             self.dweight = None
         if self.head.shard is not None:
-            for grad in (self.dhidden, self.dlora_A):
-                if grad is not None:
-                    self.head.shard.reduce(grad)
+            if self.dhidden is not None:
+                self.head.shard.reduce_rows(self.dhidden)
+            if self.dlora_A is not None:
+                self.head.shard.reduce(self.dlora_A)
         dhidden = self.dhidden if self.needs.hidden else None
         lora = self.head.lora
         if lora is not None and dhidden is not None:

@@ -30,6 +30,9 @@ class Head:
         logit_scale: factor applied before the soft cap.
         lora: (A (r, H), B (V, r), s) of a LoRA adapter on the head: W + s B A stands for W.
         tp_group: the ranks over which the vocabulary is split, see `linear_logprob`.
+        tp_tokens: of the rows of hidden, how many each rank of tp_group brought, in their order:
+            the gradient of hidden is then reduce-scattered, and complete in a rank's own rows
+            alone. None: it is complete everywhere.
     """
 
     weight: Tensor
@@ -38,6 +41,7 @@ class Head:
     logit_scale: float = 1.0
     lora: tuple[Tensor, Tensor, float] | None = None
     tp_group: dist.ProcessGroup | None = None
+    tp_tokens: tuple[int, ...] | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor | None]:

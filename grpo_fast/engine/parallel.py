@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ class VocabularyShard:
     """Rows of all ranks together."""
     widest: int
     """Rows of the rank that holds most: what every rank sizes its chunks by."""
+    tokens: tuple[int, ...] | None = None
+    """Rows of hidden that each rank brought; None: all ranks brought the same ones."""
 
     @property
     def empty(self) -> bool:
@@ -43,9 +45,26 @@ class VocabularyShard:
         inside = (ids >= self.first) & (ids < self.last)
         return torch.where(inside, ids - self.first, torch.full_like(ids, elsewhere))
 
-    def reduce(self, dhidden: Tensor) -> None:
-        """Sum the parts of dhidden (N, H), one from each rank's columns, in place."""
-        dist.all_reduce(dhidden, group=self.group)
+    def reduce(self, partial: Tensor) -> None:
+        """Sum the parts of a gradient, one from each rank's columns, in place."""
+        dist.all_reduce(partial, group=self.group)
+
+    def reduce_rows(self, dhidden: Tensor) -> None:
+        """`reduce` for dhidden (N, H): half of the traffic where a rank wants its own rows alone,
+        and zeros in the others."""
+        if self.tokens is None:
+            self.reduce(dhidden)
+            return
+        rank, most = dist.get_rank(self.group), max(self.tokens)
+        parts = dhidden.split(self.tokens)
+        if len(set(self.tokens)) > 1:
+            pad = torch.nn.functional.pad
+            parts = [pad(p, (0, 0, 0, most - p.shape[0])) for p in parts]
+        own = dhidden.new_empty(most, dhidden.shape[1])
+        dist.reduce_scatter(own, [p.contiguous() for p in parts], group=self.group)
+        first = sum(self.tokens[:rank])
+        dhidden.zero_()
+        dhidden[first : first + self.tokens[rank]] = own[: self.tokens[rank]]
 
 
 def merge_stats(parts: Tensor, owner: Tensor) -> Tensor:
@@ -177,6 +196,7 @@ def place(
     bias: Tensor | None,
     tp_group: dist.ProcessGroup | None,
     workspace_bytes: int | None = None,
+    tp_tokens: tuple[int, ...] | None = None,
     **replicated: Tensor | None,
 ) -> Placement:
     """Where the head of a call is: here, gathered to here, or spread over tp_group.
@@ -188,6 +208,7 @@ def place(
             outside. With tp_group this rank's rows (V_r, H), also as a DTensor Shard(0) over that
             group. Ranks may hold unequally many, in the order of the vocabulary. bias: likewise,
             or None.
+        tp_tokens: see `Head`.
         replicated: ids, mask and what else decides how many rows are computed.
 
     Raises:
@@ -210,6 +231,7 @@ def place(
         if not isinstance(value, Tensor):
             fail(name, "a tensor", type(value).__name__)
     shard = _agreed(owner, tp_group, hidden, weight, bias, workspace_bytes, replicated)
+    shard = replace(shard, tokens=tp_tokens)
     if shard.empty and weight.dim() == 2:
         # products and checks want a row, and this rank has to take part in every collective
         weight = torch.nn.functional.pad(weight, (0, 0, 0, 1))
@@ -275,7 +297,7 @@ def _agreed(owner, group, hidden, weight, bias, workspace_bytes, replicated) -> 
         if len(known) >= MOST_AGREED:
             known.clear()
         # without the group, which the table must not keep alive
-        known[key] = {k: v for k, v in vars(shard).items() if k != "group"}
+        known[key] = {k: v for k, v in vars(shard).items() if k not in ("group", "tokens")}
     return VocabularyShard(group, **known[key])
 
 

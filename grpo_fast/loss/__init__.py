@@ -2,5 +2,6 @@
 
 from .linear import linear_policy_loss
 from .logits import policy_loss
+from .vocabulary import sharded_logprob, sharded_policy_loss
 
-__all__ = ["linear_policy_loss", "policy_loss"]
+__all__ = ["linear_policy_loss", "policy_loss", "sharded_logprob", "sharded_policy_loss"]

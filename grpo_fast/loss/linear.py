@@ -78,7 +78,7 @@ def check(call: Call) -> Checked:
     hidden, head, tokens, run = call.source, call.head, call.tokens, call.execution
     where = (head.tp_group, run.workspace_bytes)
     same = {"ids": tokens.ids, "mask": tokens.mask, "advantages": tokens.advantages}
-    placed = place(hidden, head.weight, head.bias, *where, **same)
+    placed = place(hidden, head.weight, head.bias, *where, head.tp_tokens, **same)
     weight, bias = placed.weight, placed.bias
     ref_weight = call.ref_weight
     if isinstance(ref_weight, Tensor):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
 )
@@ -24,6 +24,7 @@ from .attention import install
 from .head import TRANSFORM, backbone, check_head, find_head, innermost
 from .rope import check_positions
 from .segments import Segments, laid_out
+from .sharding import as_forward_of, is_unit
 
 _MARK = "_grpo_fast_previous"
 
@@ -164,5 +165,10 @@ def _through_head(
         fail("layout", "an attention implementation that takes segments", got)
     with laid_out(layout):
         hidden = backbone(lm)(*args, **given)[0]
-    head = find_head(lm)
-    return head_fn(hidden.to(head.weight.dtype), head)
+
+    def score(states: Tensor) -> Any:
+        head = find_head(lm, partitioned=True)
+        return head_fn(states.to(head.weight.dtype), head)
+
+    module = lm.get_output_embeddings()
+    return as_forward_of(module, score, hidden) if is_unit(module) else score(hidden)

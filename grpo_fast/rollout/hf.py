@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.generation import GenerationMode
 
 from grpo_fast.checks import fail
 from grpo_fast.models.head import backbone, evaluating, innermost
+from grpo_fast.models.sharding import by_layer, is_sharded, is_unit, whole
 
 from .rollouts import Rollouts
 
@@ -26,6 +28,8 @@ class HFSampler:
 
     Args:
         model, generation_config, pad_id, eos_ids: see `generate`.
+        gather: of a sharded model, hold all weights on every rank while sampling; False gathers
+            each layer for each token, and all ranks sample until the last one is done.
     """
 
     def __init__(
@@ -35,8 +39,9 @@ class HFSampler:
         generation_config: GenerationConfig,
         pad_id: int,
         eos_ids: set[int],
+        gather: bool = True,
     ) -> None:
-        self.model = model
+        self.model, self.gather = model, gather
         self.settings = {
             "generation_config": generation_config,
             "pad_id": pad_id,
@@ -45,7 +50,9 @@ class HFSampler:
 
     def sample(self, prompts: list[list[int]], num_generations: int) -> Rollouts:
         """`num_generations` completions of every prompt, from the global torch RNG."""
-        return generate(self.model, prompts, num_generations, **self.settings)
+        with whole(self.model) if self.gather else by_layer(self.model):
+            settings = {**self.settings, "synced": not self.gather and is_sharded(self.model)}
+            return generate(self.model, prompts, num_generations, **settings)
 
     def sync(self, model: nn.Module) -> None:
         """Sample from this model from now on."""
@@ -62,6 +69,7 @@ def generate(
     pad_id: int,
     eos_ids: set[int],
     shared_prefill: bool = True,
+    synced: bool = False,
 ) -> Rollouts:
     """Sample `num_generations` completions of every prompt, from the global torch RNG.
 
@@ -70,7 +78,8 @@ def generate(
     So `do_sample` must be True for sampling, as in transformers.
 
     Args:
-        model: the policy, its parameters whole (not sharded) on this rank.
+        model: the policy, its parameters whole on this rank (`models.sharding.whole`), or gathered
+            layer by layer (`by_layer`, with synced).
         prompts: P prompts as token ids.
         num_generations: G.
         generation_config: `max_new_tokens` and the sampling settings; one sequence, no beams.
@@ -78,6 +87,7 @@ def generate(
         eos_ids: tokens that end a completion; may be empty.
         shared_prefill: run each prompt through the model once and repeat its cache G times, where
             the model has a plain key-value cache. The completions are the same either way.
+        synced: go on until every rank is done, for a model that is gathered layer by layer.
 
     Raises:
         ValueError: an empty prompt, a prompt token outside the vocabulary, a prompt that leaves no
@@ -94,11 +104,13 @@ def generate(
     }
     own = lm.generation_config
     with evaluating(lm):
-        if shared_prefill and num_generations > 1 and ids.shape[1] > 1:
+        if shared_prefill and num_generations > 1 and _shortest(ids, synced) > 1:
             repeated.update(_prefill(lm, ids, mask, num_generations, config))
         lm.generation_config = GenerationConfig()
         try:
-            out = lm.generate(**repeated, generation_config=config)
+            # left out, transformers decides by engines of its own, and ranks that end at another
+            # token would wait for each other for ever
+            out = lm.generate(**repeated, generation_config=config, synced_gpus=synced)
         finally:
             lm.generation_config = own
     completions = [_until_eos(row, eos_ids) for row in out[:, ids.shape[1] :].tolist()]
@@ -171,6 +183,14 @@ def _left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, T
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def _shortest(ids: Tensor, synced: bool) -> int:
+    """Width of the prompts; with `synced` the least of all ranks, who make the same forwards."""
+    width = torch.tensor(ids.shape[1], device=ids.device)
+    if synced:
+        torch.distributed.all_reduce(width, op=torch.distributed.ReduceOp.MIN)
+    return int(width)
+
+
 def _prefill(
     lm: PreTrainedModel, ids: Tensor, mask: Tensor, repeats: int, config: GenerationConfig
 ) -> dict[str, Any]:
@@ -187,7 +207,9 @@ def _prefill(
         return {}
     prefix, seen = ids[:, :-1], mask[:, :-1]
     positions = (seen.cumsum(-1) - 1).clamp(min=0)
-    backbone(lm)(
+    # the backbone alone would go past the hooks of a sharded model's root
+    call = partial(lm, logits_to_keep=1) if is_unit(lm) else backbone(lm)
+    call(
         input_ids=prefix,
         attention_mask=seen,
         position_ids=positions,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from grpo_fast.checks import fail
+from grpo_fast.models.sharding import plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +80,14 @@ def model_digest(model: nn.Module) -> str:
     """Hash of a model's configuration and of the name, shape and trainability of each parameter."""
     config = model.config.to_dict() if hasattr(model, "config") else {}
     config = {k: v for k, v in config.items() if k not in _VOLATILE}
-    parameters = [(n, list(p.shape), p.requires_grad) for n, p in model.named_parameters()]
+    # an engine empties, renames and wraps: the digest is of the model before it did
+    parameters = [
+        (plain_name(n), list(getattr(p, "ds_shape", p.shape)), p.requires_grad)
+        for n, p in model.named_parameters()
+    ]
     peft = getattr(model, "peft_config", {})
     adapters = {name: [c.peft_type, c.to_dict().get("lora_alpha")] for name, c in peft.items()}
-    return digest([type(model).__name__, config, parameters, adapters])
+    return digest([type(model).__name__.removeprefix("FSDP"), config, parameters, adapters])
 
 
 def write_json(path: Path, value: Any) -> None:

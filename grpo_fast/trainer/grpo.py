@@ -21,6 +21,7 @@ from grpo_fast.models.head import evaluating
 from grpo_fast.models.packing import PackedBatch, completion_logprobs
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
+from grpo_fast.models.sharding import reshard
 from grpo_fast.models.shared_prompts import packer_of
 from grpo_fast.rollout.rollouts import Rollouts
 
@@ -28,6 +29,7 @@ from .active import active_part, count_of
 from .banner import Banner
 from .config import GRPOConfig
 from .curves import CURVES, Curves, Row
+from .head_sharding import HeadSharding
 from .kl import approximate_kl
 from .kl_reward import with_kl
 from .loop import Example, StepCallback
@@ -41,7 +43,6 @@ from .samplers import (
     in_parts,
     make_sampler,
     raw_prompts,
-    together,
 )
 from .scored import ScoredTrainer
 from .setup import (
@@ -159,16 +160,15 @@ class GRPOTrainer(ScoredTrainer):
         """Refuse what a subclass would load beside the model, before anything is: nothing here."""
 
     def _prepare_policy(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            hint = "sampling from sharded parameters is not supported."
-            fail("args", "whole parameters on every rank", engine, hint)
+        self.check_engine()
         attach(self.model)
         share = self.args.share_prompts
         self.packer = packer_of(self.model, self.processing_class.pad_token_id, share)
         peft = hasattr(self.model, "peft_config")
+        if self.args.head_sharding is not None:
+            self.head_sharding = HeadSharding(self)
         if self.args.needs_reference:
-            self.reference = ReferencePolicy(self.model, peft)
+            self.reference = ReferencePolicy(self.model, peft, self.shard_frozen)
             self.stateful["reference"] = self.reference
         self.sampler = make_sampler(self)
 
@@ -189,17 +189,13 @@ class GRPOTrainer(ScoredTrainer):
     def generate(self, examples: list[Example], num_generations: int) -> Rollouts:
         """Stage 1: sample `num_generations` completions of each example's prompt, in order."""
 
-        def work() -> Rollouts:
-            if self.rollout_func is not None:
-                asked = [example for example in examples for _ in range(num_generations)]
-                prompts = raw_prompts(asked)
-                return from_function(self.rollout_func, prompts, self, self.eos_ids)
-            prompts = [self.encode(example["prompt"]) for example in examples]
-            with self.accelerator.autocast():
-                limit = self.args.sampling_batch_size
-                return in_parts(self.sampler, prompts, num_generations, limit)
-
-        return together(self.accelerator, work)
+        if self.rollout_func is not None:
+            asked = [example for example in examples for _ in range(num_generations)]
+            return from_function(self.rollout_func, raw_prompts(asked), self, self.eos_ids)
+        prompts = [self.encode(example["prompt"]) for example in examples]
+        with self.accelerator.autocast():
+            limit = self.args.sampling_batch_size
+            return in_parts(self.sampler, prompts, num_generations, limit)
 
     def prepare(self, micro_batches: list[MicroBatch], evaluate: bool = False) -> list[MicroBatch]:
         """With kl_in_reward, advantages of the rewards minus the KL; else nothing."""
@@ -301,14 +297,16 @@ class GRPOTrainer(ScoredTrainer):
         self, hidden: Tensor, head: Any, micro: MicroBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the policy on hidden (N, H), and its metrics."""
-        packed = micro.packed
+        packed, config = micro.packed, self.current_loss_config()
+        if self.head_sharding is not None:
+            return self.head_sharding.loss(hidden, head, micro, config, self.args.workspace_bytes)
         below = micro.old_logp if self.args.ratio_to == "old" else micro.ref_logp
         loss, metrics, *terms = linear_policy_loss(
             hidden,
             head,
             packed.ids,
             micro.advantages,
-            config=self.current_loss_config(),
+            config=config,
             mask=micro.mask,
             cu_seqlens=packed.cu_seqlens,
             old_logp=below,
@@ -324,7 +322,13 @@ class GRPOTrainer(ScoredTrainer):
 
     @torch.no_grad()
     def _logprobs(self, model: nn.Module, packed: PackedBatch) -> Tensor:
+        budget = self.args.workspace_bytes
         with evaluating(model), self.accelerator.autocast():
-            return completion_logprobs(
-                model, packed, self.args.temperature, workspace_bytes=self.args.workspace_bytes
-            )
+            if self.head_sharding is not None:
+                logp = self.head_sharding.logprobs(model, packed, self.args.temperature, budget)
+            else:
+                logp = completion_logprobs(
+                    model, packed, self.args.temperature, workspace_bytes=budget
+                )
+        reshard(model)
+        return logp

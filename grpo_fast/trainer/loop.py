@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from grpo_fast.config import LossConfig
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.reference import ReferencePolicy
+from grpo_fast.models.sharding import reshard
 from grpo_fast.objective import weights
 from grpo_fast.rewards.containment import generators_kept
 from grpo_fast.rollout.rollouts import Sampler
@@ -269,15 +270,20 @@ class RolloutTrainer(ResumableTrainer):
         groups = self.args.num_generations_eval
         self.callback_handler.eval_dataloader = dataloader
         together(self.accelerator, lambda: self.sampler.sync(self.model))
+        self.check_prepared()
         with generators_kept(), evaluating(self.model):
-            for drawn in dataloader:
+            for drawn, counts in self.evenly(dataloader):
                 examples = [example for example in drawn for _ in range(groups)]
-                fresh = self.rollout(examples, groups, metrics, evaluate=True)
+                seen = metrics if counts else Metrics(self.args.device, self.token_means)
+                fresh = self.rollout(examples, groups, seen, evaluate=True)
                 for micro in self.prepare(fresh, evaluate=True):
+                    if not counts:
+                        micro.mask = torch.zeros_like(micro.packed.ids, dtype=torch.bool)
                     with self.accelerator.autocast():
                         loss, values = self.loss(self.model, micro)
-                    metrics.add("loss", loss.item())
-                    metrics.add_tokens(values)
+                    reshard(self.model)
+                    seen.add("loss", loss.item())
+                    seen.add_tokens(values)
                 self.control = self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 )

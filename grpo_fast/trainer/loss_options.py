@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
 from grpo_fast.presets import AGGREGATIONS, KL_ESTIMATORS, LEVELS, PRESETS
 
@@ -79,8 +80,16 @@ class LossOptions:
         None, "Budget of the logit chunks in bytes; default: the loss's own."
     )
 
+    head_sharding: str | None = _option(
+        None,
+        "FSDP2: 'vocabulary' leaves each rank its rows of the lm_head and moves hidden states "
+        "instead; it pays while a micro-batch has fewer tokens over all ranks than V.",
+    )
+
     def loss_config(self) -> LossConfig:
         """The loss these arguments describe; `LossConfig` owns its defaults and its checks."""
+        if self.head_sharding not in (None, "vocabulary"):
+            fail("head_sharding", "None or 'vocabulary'", repr(self.head_sharding))
         shared = [f.name for f in fields(LossConfig) if f.name in type(self).__dataclass_fields__]
         given = {name: getattr(self, name) for name in shared}
         if self.kl_in_reward is True:

@@ -157,6 +157,9 @@ class PPOTrainer(GRPOTrainer):
         check_source(args.critic_model, tokenizer, args.critic, width)
 
     def _prepare_policy(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            fail("args", "one process or DDP: no critic is sharded yet", engine)
         # the reference is copied here, so that it holds no critic
         super()._prepare_policy()
         args = self.args

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from grpo_fast.checks import fail
@@ -18,6 +18,7 @@ from . import checkpoint
 from .checkpoint import Stateful
 from .config import GRPOConfig
 from .folder import run_folder
+from .sharding import ShardedTrainer
 from .stopping import Stopping
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Counters:
             setattr(self, name, value)
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(ShardedTrainer):
     """Trainer whose checkpoints hold a run: its parts, and what has to be the same to go on.
 
     Attributes:
@@ -104,6 +105,7 @@ class ResumableTrainer(Trainer):
         "shuffle_dataset",
         "seed",
         "data_seed",
+        "head_sharding",
         "bf16",
         "fp16",
         "mlp_tile",
@@ -139,6 +141,7 @@ class ResumableTrainer(Trainer):
             "model": checkpoint.model_digest(self.model),
             "train_dataset": [len(self.train_dataset), self.data_digest],
             "ranks": self.accelerator.num_processes,
+            "engine": self.engine,
         }
 
     def _defaults(self) -> dict[str, Any]:
@@ -150,6 +153,7 @@ class ResumableTrainer(Trainer):
         }
         # they were not recorded before 2026-11-27, and nobody left them at their defaults
         known |= {name: getattr(self.args, name) for name in _OPTIMIZER}
+        known["engine"] = None
         return {**known, **{f"loss.{f.name}": f.default for f in fields(self.loss_config)}}
 
     def _reset_run(self) -> None:

@@ -37,7 +37,10 @@ def make_sampler(trainer: Any) -> Sampler:
     more = {"generation_config": trainer.generation_config, "eos_ids": trainer.eos_ids}
     here = {**more, "pad_id": trainer.processing_class.pad_token_id}
     if args.sampler == "hf":
-        return HFSampler(trainer.model, **here)
+        return HFSampler(trainer.model, **here, gather=args.ds3_gather_for_generation)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        hint = "the others read whole weights, which no rank holds."
+        fail("sampler", "'hf' with sharded parameters", repr(args.sampler), hint)
     if args.sampler == "continuous":
         from grpo_fast.rollout.continuous import ContinuousSampler
 
@@ -64,7 +67,8 @@ def together(accelerator: Any, work: Callable[[], T]) -> T:
     """work() on every rank; where it fails on one, it fails on all, and nobody waits for ever.
 
     Raises:
-        SamplerFailed: on the ranks whose own work went well.
+        SamplerFailed: where a sampler failed, on every rank, each with its own words.
+        RuntimeError: on the ranks whose own work went well, where something else failed.
     """
     error, result = None, None
     # Boundary: whatever it is, it is raised again below, after the others have heard of it.
@@ -76,11 +80,14 @@ def together(accelerator: Any, work: Callable[[], T]) -> T:
         from accelerate.utils import gather_object
 
         said = None if error is None else f"{type(error).__name__}: {error}"
-        texts = gather_object([(accelerator.process_index, said)])
-        if error is None:
-            for rank, text in texts:
-                if text is not None:
-                    raise SamplerFailed(f"rank {rank} could not sample: {text}")
+        mine = (accelerator.process_index, said, isinstance(error, SamplerFailed))
+        failed = [row for row in gather_object([mine]) if row[1] is not None]
+        # all ranks have to take the same way out, or some would wait in it for the others
+        known = all(is_sampler for *_, is_sampler in failed)
+        if failed and (error is None or not known and isinstance(error, SamplerFailed)):
+            rank, text, _ = next(row for row in failed if known or not row[2])
+            kind = SamplerFailed if known else RuntimeError
+            raise kind(f"rank {rank} could not sample: {text}") from error
     if error is not None:
         raise error
     return result

@@ -64,6 +64,11 @@ class SamplingOptions:
         "trainer",
         "Who says the old log-probs: trainer, or sampler where its own agree with the trainer's.",
     )
+    ds3_gather_for_generation: bool = _option(
+        True,
+        "FSDP2 and ZeRO-3: hold all weights on every rank while sampling. False gathers each layer "
+        "for each token: less memory, and an all-gather of the model for every token.",
+    )
 
     def check_sampler(self) -> None:
         """Refuse samplers that are unknown, and what the chosen one has no use for."""

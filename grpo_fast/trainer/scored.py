@@ -18,6 +18,7 @@ from .active import forward_share
 from .loop import Example, RolloutTrainer
 from .metrics import Metrics, add_rollouts, loss_metrics
 from .record import completion_of, table_of
+from .samplers import together
 from .window import MicroBatch
 
 
@@ -54,10 +55,19 @@ class ScoredTrainer(RolloutTrainer):
         # a rank's share may begin and end inside a group; runs of one prompt are multiples of this
         repeat = math.gcd(num_generations, len(examples))
         self._extras, self._metrics_in_use = {}, metrics
-        rollouts = self.generate(examples[::repeat], repeat)
+
+        def sample() -> Rollouts:
+            return self.generate(examples[::repeat], repeat)
+
+        # ranks evaluate unequal numbers of batches: only in training are they here together
+        rollouts = sample() if evaluate else together(self.accelerator, sample)
         if rollouts.version is None:
             rollouts.version = self.state.global_step
-        rewards = self.score(examples, rollouts)
+
+        def score() -> Tensor:
+            return self.score(examples, rollouts)
+
+        rewards = score() if evaluate else self.on_every_rank("a reward", score)
         columns = (
             rollouts.lengths,
             rollouts.truncated,

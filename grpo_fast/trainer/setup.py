@@ -19,6 +19,7 @@ from grpo_fast.rewards import RewardSet
 from .config import GRPOConfig
 from .memory import hold, loading_of
 from .sampler import check_dataset, column_names
+from .sharding import loaded_whole
 
 # columns that TRL shows to a vision model
 _UNSEEN = {"image", "images", "video", "videos", "audio"}
@@ -43,10 +44,6 @@ def check_arguments(
             "accelerate launch, or set CUDA_VISIBLE_DEVICES."
         )
         fail("args", "one GPU in a process", f"{args.n_gpu} GPUs", hint)
-    if args.fsdp or args.deepspeed:
-        name = "fsdp" if args.fsdp else "deepspeed"
-        hint = "sampling from sharded parameters is not supported."
-        fail(name, "none", repr(getattr(args, name)), hint)
     adapter = peft_config is not None or hasattr(model, "peft_config")
     if args.sync_ref_model and adapter:
         expected = "False with an adapter, whose reference is its base model and cannot move"
@@ -127,7 +124,8 @@ def policy_of(model: Any, args: GRPOConfig, peft_config: Any) -> nn.Module:
     """The policy, loaded when a name was given, in its adapter when peft_config was."""
     loaded = isinstance(model, str)
     if loaded:
-        model = load_policy(model, **loading_of(args, peft_config))
+        with loaded_whole(args):
+            model = load_policy(model, **loading_of(args, peft_config))
     if args.disable_dropout:
         disable_dropout(model)
     if peft_config is not None:

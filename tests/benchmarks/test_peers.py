@@ -1,6 +1,5 @@
 """The contestants of the benchmarks compute what grpo_fast computes, or say why they cannot run."""
 
-
 import pytest
 import torch
 

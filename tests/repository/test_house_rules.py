@@ -22,6 +22,7 @@ MANY_PARAMETERS = {
     "grpo_fast/rewards/judge.py:judge_reward": "one keyword for each option of rule:judge",
 }
 
+
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 

@@ -33,6 +33,8 @@ PUBLIC = [
     "logprob",
     "policy_loss",
     "release_workspace",
+    "sharded_logprob",
+    "sharded_policy_loss",
     "token_losses",
 ]
 BUILT = shutil.ignore_patterns("__pycache__", "*.egg-info")

@@ -75,9 +75,7 @@ def checkpoint(folder: Any, seed: int = 0, **overrides: Any) -> str:
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        **overrides,
+        **{"tie_word_embeddings": False, "initializer_range": 0.2, **overrides},
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
