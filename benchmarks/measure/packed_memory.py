@@ -15,9 +15,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
+TOKENS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 # largest T: a repeated prompt makes 2.5 T tokens, and their masks more than a machine has
-LARGEST = {"segments": 32768, "whole": 4096, "mask": 2048}
+LARGEST = {"segments": 32768, "whole": 4096, "mask": 1024}
 LAYOUTS = {
     "segments": "segments, prompt shared",
     "whole": "segments, prompt repeated",

@@ -51,9 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "warmup_steps": 4,
     "weight_decay": 0.0,
-    # two groups in a micro-batch, four of them in a step
-    "per_device_train_batch_size": 16,
-    "gradient_accumulation_steps": 4,
+    "per_device_train_batch_size": 64,
     "num_generations": 8,
     "max_completion_length": 5,
     "log_completions": True,

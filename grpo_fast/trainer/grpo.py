@@ -164,6 +164,8 @@ class GRPOTrainer(ScoredTrainer):
         attach(self.model)
         share = self.args.share_prompts
         self.packer = packer_of(self.model, self.processing_class.pad_token_id, share)
+        if share and self.packer.reason and self.is_world_process_zero():
+            logger.warning("Prompts are computed once per completion: %s.", self.packer.reason)
         peft = hasattr(self.model, "peft_config")
         if self.args.head_sharding is not None:
             self.head_sharding = HeadSharding(self)

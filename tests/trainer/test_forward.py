@@ -230,7 +230,12 @@ def test_the_words_of_a_command_line(tmp_path):
         assert configured(tmp_path, share_prompts=word).share_prompts is value
 
 
-def test_a_model_that_cannot_share_is_refused_before_training(tmp_path):
+def test_a_model_that_cannot_share_is_refused_before_training(tmp_path, monkeypatch):
+    said = []
+    told = "grpo_fast.trainer.grpo.logger.warning"
+    monkeypatch.setattr(told, lambda text, *given: said.append(text % given))
     with pytest.raises(ValueError, match="share_prompts: expected False .*dropout in attention"):
         trainer(tmp_path, policy=model(attention_dropout=0.1), share_prompts=True)
     assert not trainer(tmp_path, policy=model(attention_dropout=0.1)).packer.segments
+    (text,) = said
+    assert text.startswith("Prompts are computed once per completion: dropout in attention")
