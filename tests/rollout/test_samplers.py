@@ -104,7 +104,7 @@ def test_log_probs_that_the_policy_agrees_with_change_nothing(tmp_path):
     class Honest(GRPOTrainer):
         def generate(self, examples, num_generations):
             rollouts = super().generate(examples, num_generations)
-            micro = super().batch(rollouts, torch.zeros(len(rollouts.completion_ids)))[0]
+            micro = super().batch(rollouts, torch.ones(len(rollouts.completion_ids)))[0]
             self.model.eval()
             flat = completion_logprobs(self.model, micro.packed, self.args.temperature)
             self.model.train()
@@ -112,15 +112,17 @@ def test_log_probs_that_the_policy_agrees_with_change_nothing(tmp_path):
             rollouts.logp = [part.tolist() for part in flat.split(lengths)]
             return rollouts
 
-    plain = run_with(Canned(), tmp_path / "plain", max_steps=1)
-    honest = run_with(Canned(), tmp_path / "honest", max_steps=1, cls=Honest)
+    # a first step of AdamW makes a whole step of a gradient of 1e-9
+    plain = run_with(Canned(), tmp_path / "plain", max_steps=1, optim="sgd")
+    honest = run_with(Canned(), tmp_path / "honest", max_steps=1, cls=Honest, optim="sgd")
     assert honest.window.micro_batches[0].rollout_logp is not None
     for a, b in zip(plain.model.parameters(), honest.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_tokens_that_the_policy_did_not_write_are_not_trained_or_counted(tmp_path):
-    run = run_with(Canned(masked=True), tmp_path / "masked", max_steps=1)
+    whole = {"skip_inactive_completions": False}
+    run = run_with(Canned(masked=True), tmp_path / "masked", max_steps=1, **whole)
     micro = run.window.micro_batches[0]
     assert 0 < micro.mask.sum() < micro.packed.ids.numel()
     (denominator,) = run.denominators([micro])

@@ -84,7 +84,7 @@ def test_two_ranks_train_what_one_does(trained, tmp_path):
         if not any(key.endswith(v) for v in varying) and not key.startswith(local):
             assert second[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
     table = sorted((trained / "two" / "completions").iterdir())
-    assert [p.name for p in table] == ["completions_00004.parquet"]
+    assert [p.name for p in table] == ["completions_00004.parquet", "eval_00004.parquet"]
 
 
 def test_ranks_sample_apart_and_resume_together(trained, tmp_path):

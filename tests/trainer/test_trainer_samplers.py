@@ -199,12 +199,24 @@ def test_where_one_rank_fails_all_do(monkeypatch):
     class Ranks:
         num_processes, process_index = 2, 0
 
-    other = [(1, "OSError: no server")]
+    other = [(1, "SamplerFailed: no server", True)]
     monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: mine + other)
-    with pytest.raises(SamplerFailed, match="rank 1 could not sample: OSError: no server"):
+    with pytest.raises(SamplerFailed, match="rank 1 could not sample: SamplerFailed: no server"):
         together(Ranks(), lambda: 1)
     with pytest.raises(KeyError):
         together(Ranks(), lambda: {}["x"])
+
+    def failing():
+        raise SamplerFailed("mine")
+
+    with pytest.raises(SamplerFailed, match="mine"):
+        together(Ranks(), failing)
+    # a mistake of another kind ends all ranks the same way: none waits in a save for the others
+    other[0] = (1, "KeyError: 'x'", False)
+    for work in (failing, lambda: 1):
+        with pytest.raises(RuntimeError, match="rank 1 could not sample: KeyError") as caught:
+            together(Ranks(), work)
+        assert not isinstance(caught.value, SamplerFailed)
 
 
 @pytest.mark.parametrize(
