@@ -1,6 +1,6 @@
 """Sequence classifiers with one label as reward models: packed scores, padding, saving.
 
-    score_s = w . h_last(s)         h (R, L, H) of a packed forward, last(s) the last token by length
+    score_s = w . h_last(s)         h (R, L, H) of a packed forward, last(s) the last token
 
 Transformers looks for the last token that is not the padding token, and so reads another one when
 a text ends with it: `own_padding` gives the model a padding token that no text contains.

@@ -14,12 +14,15 @@ from .inherited import check_inherited
 from .kl import KLOptions
 from .kl import option as _option
 from .loss_options import LossOptions
+from .replay_options import ReplayOptions
 from .reward_options import RewardOptions
 from .sampling_options import SamplingOptions
 
 
 @dataclass
-class GRPOConfig(LossOptions, SamplingOptions, RewardOptions, KLOptions, TrainingArguments):
+class GRPOConfig(
+    LossOptions, SamplingOptions, RewardOptions, KLOptions, ReplayOptions, TrainingArguments
+):
     """Arguments of `GRPOTrainer`.
 
     The loss fields take their defaults from `LossConfig`, which also validates them. Batches, with
@@ -99,13 +102,14 @@ class GRPOConfig(LossOptions, SamplingOptions, RewardOptions, KLOptions, Trainin
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 fail(name, "a dict or a JSON object", repr(value))
-        self.loss_config()
         self._check_integers()
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self.check_sampling()
         self.check_rewards()
         self.check_advantages()
         self._check_batches()
+        self.check_replay()
+        self.loss_config()
         self.check_kl()
         check_inherited(self)
 
@@ -117,7 +121,8 @@ class GRPOConfig(LossOptions, SamplingOptions, RewardOptions, KLOptions, Trainin
     @property
     def on_policy(self) -> bool:
         """True when every use of a window falls in the optimizer step that sampled it."""
-        return self.gradient_accumulation_steps % self.window_uses == 0
+        fresh = self.gradient_accumulation_steps % self.window_uses == 0
+        return fresh and not self.replay_share
 
     def _check_integers(self) -> None:
         lowest = {

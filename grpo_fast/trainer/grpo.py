@@ -40,6 +40,7 @@ from .kl import approximate_kl
 from .loop import Example, RolloutTrainer, StepCallback
 from .metrics import Metrics, add_rollouts, loss_metrics
 from .record import completion_of, table_of
+from .replay import GroupReplay, mix
 from .reporting import CORRECTED, Curves, MetricsFile, Progress
 from .sampler import check_prompts, is_conversational
 from .setup import (
@@ -134,6 +135,9 @@ class GRPOTrainer(RolloutTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress)
         self._prepare_policy()
+        self.replay = GroupReplay.of(args)
+        if self.replay is not None:
+            self.stateful["replay"] = self.replay
         # ranks that start from one seed would sample alike
         set_seed(args.seed, device_specific=True)
 
@@ -335,7 +339,9 @@ class GRPOTrainer(RolloutTrainer):
                     self._extras,
                 )
                 self.completions.rows.extend(table)
-        return self.batch(rollouts, advantages[local], evaluate)
+        fresh = self.batch(rollouts, advantages[local], evaluate)
+        replay = None if evaluate else self.replay
+        return fresh if replay is None else mix(self, replay, fresh, rollouts)
 
     def _texts(self, rollouts: Rollouts) -> list[str]:
         return self.processing_class.batch_decode(rollouts.completion_ids, skip_special_tokens=True)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,76 +21,36 @@ from transformers import (
 
 from grpo_fast.checks import fail
 from grpo_fast.models.classifier import (
-    attach_rows,
-    check_classifier,
-    check_classifier_packing,
-    classifier_of,
     detach_rows,
-    load_classifier,
-    own_padding,
     pack_texts,
     packed_scores,
 )
 from grpo_fast.models.head import evaluating, innermost
-from grpo_fast.models.packing import PackedBatch
 from grpo_fast.objective.preference import PREFERENCE_LOSSES, centring
 from grpo_fast.rewards.model import RewardModel
 
 from . import checkpoint
 from .preference_metrics import preference_metrics
-from .preferences import RankedSet, matrices, ranked_sets, split_by_prompt
+from .preferences import matrices, ranked_sets
 from .reporting import MetricsFile
 from .resume import ResumableTrainer
 from .reward_config import RewardModelConfig
 from .reward_parts import EpochOrder, Order, RewardCurves, RewardProgress, Sums, check_parts
-from .setup import check_writable, disable_dropout
-
-logger = logging.getLogger(__name__)
+from .reward_setup import (
+    Encoded,
+    PreferenceBatch,
+    classifier_for,
+    classifier_tokenizer,
+    encoded,
+    sets_of,
+)
+from .setup import check_writable
 
 # attribute of a saved configuration: mean and std of the scores of the held-out answers
 SCORES = "grpo_fast_scores"
 # packed and padded scores of one model, relative to the largest of them; bf16 keeps 8 bits
 _AGREE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _AGREE_FP32 = 1e-3
-
-
-@dataclass
-class Encoded:
-    """A ranked set with the token ids of each of its answers."""
-
-    ranked: RankedSet
-    ids: list[list[int]]
-
-
-@dataclass
-class PreferenceBatch:
-    """M sets with S answers in all: one packed forward.
-
-    Args:
-        packed: the answers with their prompts; `rows` (S,) are those of the scores.
-        places: (M, K) int64, where in S each answer of a set is.
-        ratings: (M, K), NaN behind the last answer of a set.
-        margins: (M, K, K).
-        lengths: (S,) tokens.
-        denominator: 0-d, sets of the optimizer step over all ranks, by the number of ranks.
-    """
-
-    packed: PackedBatch
-    places: Tensor
-    ratings: Tensor
-    margins: Tensor
-    lengths: Tensor
-    denominator: Tensor | None = None
-
-    # Trainer counts tokens and operations of `inputs["input_ids"]`: its batches are mappings
-
-    def __contains__(self, name: str) -> bool:
-        return name == "input_ids"
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self:
-            raise KeyError(name)
-        return self.packed.input_ids
 
 
 class RewardModelTrainer(ResumableTrainer):
@@ -157,10 +116,10 @@ class RewardModelTrainer(ResumableTrainer):
         args = RewardModelConfig(output_dir="reward-output") if args is None else args
         check_parts(args, model, train_dataset, peft_config)
         check_writable(args.output_dir)
-        train, held_out, self.dropped = _sets(args, train_dataset, eval_dataset)
-        tokenizer = _tokenizer(model, processing_class, args)
+        train, held_out, self.dropped = sets_of(args, train_dataset, eval_dataset)
+        tokenizer = classifier_tokenizer(model, processing_class, args)
         set_seed(args.seed)
-        model = _model(model, args, tokenizer, peft_config)
+        model = classifier_for(model, args, tokenizer, peft_config)
         config = innermost(model).config
         self.render = args.render(getattr(config, "max_position_embeddings", None))
         self.render.to(config)
@@ -174,9 +133,9 @@ class RewardModelTrainer(ResumableTrainer):
             model,
             args,
             data_collator=list,
-            train_dataset=_encoded("train_dataset", train, tokenizer, self.render),
+            train_dataset=encoded("train_dataset", train, tokenizer, self.render),
             eval_dataset={
-                name: _encoded(name or "eval_dataset", sets, tokenizer, self.render)
+                name: encoded(name or "eval_dataset", sets, tokenizer, self.render)
                 for name, sets in held_out.items()
             }
             or None,
@@ -213,9 +172,9 @@ class RewardModelTrainer(ResumableTrainer):
 
     def batch(self, sets: list[Encoded]) -> PreferenceBatch:
         """Sets -> one packed micro-batch on this rank's device."""
-        ids = [one for encoded in sets for one in encoded.ids]
+        ids = [one for row in sets for one in row.ids]
         packed = pack_texts(ids, self.model, self.processing_class.pad_token_id)
-        parts = matrices([encoded.ranked for encoded in sets], self.args.margin_scale)
+        parts = matrices([row.ranked for row in sets], self.args.margin_scale)
         lengths = torch.tensor([len(one) for one in ids])
         return PreferenceBatch(packed, *(part.to(self.args.device) for part in (*parts, lengths)))
 
@@ -310,7 +269,7 @@ class RewardModelTrainer(ResumableTrainer):
             sets = rows
             if not isinstance(rows[0], Encoded):
                 ranked, _ = ranked_sets(name or "eval_dataset", rows, self.args.drop_ties)
-                sets = _encoded(name or "eval_dataset", ranked, self.processing_class, self.render)
+                sets = encoded(name or "eval_dataset", ranked, self.processing_class, self.render)
             start = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
             named.update({start + key: value for key, value in self.measure(sets).items()})
         self.log(named)
@@ -359,7 +318,7 @@ class RewardModelTrainer(ResumableTrainer):
             ValueError: they differ, and by how much.
         """
         sets = list(self.train_dataset)[:4]
-        ids = [one for encoded in sets for one in encoded.ids]
+        ids = [one for row in sets for one in row.ids]
         pairs = [(e.ranked.prompt, c) for e in sets for c in e.ranked.completions]
         theirs = torch.tensor(self.score(*map(list, zip(*pairs, strict=True))))
         with evaluating(self.model):
@@ -371,71 +330,3 @@ class RewardModelTrainer(ResumableTrainer):
             hint = "a padding token that ends a text makes transformers read another token"
             expected = f"the scores of this trainer within {allowed:g} from transformers' forward"
             fail("model", expected, f"a difference of {gap:.3g}", hint)
-
-
-def _sets(
-    args: RewardModelConfig, train: Any, held_out: Any
-) -> tuple[list[RankedSet], dict[str, list[RankedSet]], int]:
-    sets, dropped = ranked_sets("train_dataset", train, args.drop_ties)
-    if args.preference_loss == "plackett_luce" and any(one.margin for one in sets):
-        fail("train_dataset", "no margins with plackett_luce", "a column 'margin'")
-    named = held_out if isinstance(held_out, dict) else {"": held_out} if held_out else {}
-    if named and args.validation_split:
-        fail("validation_split", "0 beside an eval_dataset", args.validation_split)
-    found = {}
-    for name, rows in named.items():
-        found[name], ties = ranked_sets(name or "eval_dataset", rows, args.drop_ties)
-        dropped += ties
-    if args.validation_split:
-        sets, found[""] = split_by_prompt(sets, args.validation_split, args.seed)
-    if dropped:
-        logger.warning("drop_ties: %d rows without a preference are left out", dropped)
-    return sets, found, dropped
-
-
-def _tokenizer(model: Any, given: Any, args: RewardModelConfig) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    if given is not None:
-        if not isinstance(given, PreTrainedTokenizerBase):
-            fail("processing_class", "a tokenizer", type(given).__name__)
-        return copy.deepcopy(given)
-    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
-    if not name:
-        fail("processing_class", "a tokenizer for a model without a checkpoint", None)
-    file = (args.model_init_kwargs or {}).get("gguf_file")
-    return AutoTokenizer.from_pretrained(name, **({"gguf_file": file} if file else {}))
-
-
-def _model(model: Any, args: RewardModelConfig, tokenizer: Any, peft_config: Any) -> nn.Module:
-    if isinstance(model, str):
-        model = load_classifier(model, **(args.model_init_kwargs or {}))
-    elif getattr(innermost(model), "score", None) is None:
-        model = classifier_of(model)
-    check_classifier(model)
-    own_padding(innermost(model), tokenizer)
-    if args.disable_dropout:
-        disable_dropout(model)
-    attach_rows(model)
-    check_classifier_packing(model, tokenizer.pad_token_id)
-    if peft_config is not None:
-        from peft import get_peft_model
-
-        if str(getattr(peft_config.task_type, "value", peft_config.task_type)) != "SEQ_CLS":
-            expected = "task_type SEQ_CLS, which trains the score as a whole"
-            fail("peft_config", expected, str(peft_config.task_type))
-        model = get_peft_model(model, peft_config)
-        if args.disable_dropout:
-            disable_dropout(model)
-    return model
-
-
-def _encoded(name: str, sets: list[RankedSet], tokenizer: Any, render: Any) -> list[Encoded]:
-    out = []
-    for index, one in enumerate(sets):
-        try:
-            ids = [render(tokenizer, one.prompt, answer) for answer in one.completions]
-        except ValueError as error:
-            raise ValueError(f"{name}, set {index}: {error}") from error
-        out.append(Encoded(one, ids))
-    return out
