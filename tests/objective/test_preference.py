@@ -134,7 +134,7 @@ def test_plackett_luce_by_hand():
     by_hand = -sum(
         s[i] - math.log(sum(math.exp(s[j]) for j in order[k:])) for k, i in enumerate(order)
     )
-    scores = torch.tensor([s]).double()
+    scores = torch.tensor([s], dtype=torch.float64)
     got = plackett_luce(scores, torch.tensor([[1.0, 0.0, 2.0]]))
     assert got.item() == pytest.approx(by_hand, abs=1e-12)
 

@@ -54,7 +54,7 @@ def trainer(folder, data=None, **changes):
 
 
 def test_learns_and_the_folder_gives_the_same_numbers_everywhere(tmp_path):
-    made = trainer(tmp_path, validation_split=0.25, eval_strategy="epoch")
+    made = trainer(tmp_path, rows(90), validation_split=0.25, eval_strategy="epoch")
     made.train()
     made.save_model()
     logs = [r for r in made.state.log_history if "eval_accuracy" in r]
