@@ -1,4 +1,4 @@
-"""The command line: grpo-fast train | plan | doctor. Errors are one sentence and exit code 2."""
+"""The command line: grpo-fast train | reward-model | iterate | plan | doctor. Errors are one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ _DESCRIPTION = """\
 GRPO for language models through fused losses.
 
 commands:
-  train    train a model; without options, the embedded demo
-  plan     which route the loss takes for a shape, its FLOPs and its bytes
-  doctor   which backend runs and why, versions, a numerical self-test
+  train         train a model; without options, the embedded demo
+  reward-model  train a reward model on ranked answers; --demo
+  iterate       let policy and reward model teach each other; --demo
+  plan          which route the loss takes for a shape, its FLOPs and its bytes
+  doctor        which backend runs and why, versions, a numerical self-test
 """
 _EPILOG = f"""\
 Each command has --help, e.g. grpo-fast plan --help. Errors are one sentence; --debug, or
@@ -67,20 +69,21 @@ def _sentence(error: Exception) -> str:
 def _dispatch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="grpo-fast",
-        usage="grpo-fast [--version] [--debug] train|plan|doctor [options]",
+        usage="grpo-fast [--version] [--debug] train|reward-model|iterate|plan|doctor [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"grpo_fast {__version__}")
     commands = {"train": _train, "plan": _plan, "doctor": _doctor}
+    commands |= {"reward-model": _reward_model, "iterate": _iterate}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     if not argv:
         parser.print_help()
         return 0
     parser.parse_known_args([token for token in argv if token in ("-h", "--help", "--version")])
-    raise ValueError(f"unknown command {argv[0]!r}: expected train, plan or doctor.")
+    raise ValueError(f"unknown command {argv[0]!r}: expected {', '.join(commands)}.")
 
 
 def _plan(argv: list[str]) -> int:
@@ -93,6 +96,25 @@ def _doctor(argv: list[str]) -> int:
     from .doctor import run
 
     return run(argv)
+
+
+def _reward_model(argv: list[str]) -> int:
+    return _verb("reward_model", argv)
+
+
+def _iterate(argv: list[str]) -> int:
+    return _verb("iterate", argv)
+
+
+def _verb(name: str, argv: list[str]) -> int:
+    try:
+        from . import verbs
+    except ImportError as error:
+        raise ValueError(
+            f"this command needs a package that is not installed ({error.name}): "
+            "pip install 'grpo_fast[trainer]'."
+        ) from error
+    return getattr(verbs, name)(argv)
 
 
 def _train(argv: list[str]) -> int:

@@ -84,7 +84,7 @@ def test_stages_reports_and_pictures(whole):
     folder, reports = whole
     names = {p.name for p in folder.iterdir()}
     assert {f"{t:03d}-{s}" for t in (1, 2) for s in STAGES} | {"000-start", "report"} <= names
-    assert not [p for p in folder.rglob("checkpoint-*")]
+    assert not list(folder.rglob("checkpoint-*"))
     assert [len(r["accuracy"]) for r in reports] == [1, 2]
     page = (folder / "report" / "index.md").read_text()
     assert "## Completions after iteration 2" in page and "| R 2 |" in page
