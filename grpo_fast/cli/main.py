@@ -1,4 +1,4 @@
-"""The command line: grpo-fast train | reward-model | iterate | plan | doctor. Errors are one sentence and exit code 2."""
+"""The command line: `grpo-fast` and its verbs. Errors are one sentence and exit code 2."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -117,7 +118,9 @@ class VerbParser(TrainParser):
         for action in self._actions:
             hidden = not everything and action.dest in inherited - own
             if hidden or action.option_strings[0].startswith("--no_"):
-                action.help = "==SUPPRESS=="
+                action.help = argparse.SUPPRESS
+        first = self.classes[0]._argument_group_name
+        self._action_groups.sort(key=lambda group: group.title != first)
         self.print_help()
 
     def read(self, argv: list[str]) -> dict[str, Any] | None:

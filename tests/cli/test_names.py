@@ -17,7 +17,7 @@ from grpo_fast.cli.options import TrainParser
     [
         (["--help"], "commands:"),
         (["--version"], __version__),
-        (["trian"], "unknown command 'trian': expected train, plan or doctor"),
+        (["trian"], "unknown command 'trian': expected train, plan, doctor, reward-model"),
         (["train", "--lerning-rate", "1"], "unknown option --lerning-rate; did you mean --learn"),
         (["train", "--max_step=3"], "unknown option --max_step; did you mean --max-steps?"),
         (["train", "--qqqqqqqq"], "unknown option --qqqqqqqq; --help-all lists the options."),
