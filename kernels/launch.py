@@ -35,11 +35,18 @@ def row_arguments(
     }
 
 
+def is_narrowed(logits: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether out is the bytes of its own logits as a narrower type: rows are then written by one
+    program each, in order and behind barriers. Other memory needs none of that."""
+    same = out.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    return same and out.element_size() < logits.element_size()
+
+
 def gradient_arguments(logits: torch.Tensor, out: torch.Tensor) -> dict[str, object]:
     """Launch arguments for the gradient of rows of logits in out, both (B, T, V)."""
     return {
         "out_ptr": out,
         "stride_out_b": out.stride(0),
         "stride_out_t": out.stride(1),
-        "NARROW": out.element_size() < logits.element_size(),
+        "NARROW": is_narrowed(logits, out),
     }

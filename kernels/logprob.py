@@ -9,7 +9,7 @@ import triton.language as tl
 
 from grpo_fast.kernels.configs import forward_launch, gradient_launch, gradient_tiles
 from grpo_fast.kernels.lang import row_factors, row_pointer
-from grpo_fast.kernels.launch import PER_CALL, gradient_arguments, row_arguments
+from grpo_fast.kernels.launch import PER_CALL, gradient_arguments, is_narrowed, row_arguments
 from grpo_fast.kernels.row_gradient import store_row_gradient, store_zero_row
 from grpo_fast.kernels.row_parts import row_parts
 from grpo_fast.kernels.row_stats import row_stats
@@ -245,7 +245,7 @@ def logprob_bwd(
     B, T, V = logits.shape
     if B * T == 0:
         return
-    narrow = out.element_size() < logits.element_size()
+    narrow = is_narrowed(logits, out)
     # Triton launches on the current device, which need not be the tensors'
     with torch.cuda.device_of(logits):
         launch = gradient_launch(logits, out, softcap)

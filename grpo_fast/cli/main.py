@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 
 from grpo_fast import __version__
@@ -15,9 +16,10 @@ _DESCRIPTION = """\
 GRPO for language models through fused losses.
 
 commands:
-  train         train a model; without options, the embedded demo
-  reward-model  train a reward model on ranked answers; --demo
-  iterate       let policy and reward model teach each other; --demo
+  train         train a model with GRPO; without options, the embedded demo
+  ppo           train a model with PPO and a critic; --demo shows it
+  reward-model  train a reward model on ranked answers; --demo shows it
+  iterate       let policy and reward model teach each other; --demo shows it
   plan          which route the loss takes for a shape, its FLOPs and its bytes
   doctor        which backend runs and why, versions, a numerical self-test
 """
@@ -28,7 +30,7 @@ Each command has --help, e.g. grpo-fast plan --help. Errors are one sentence; --
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns 0, 1 (a failed self-test), 2 (an error) or 130 (Ctrl-C).
+    """Run one command; returns 0, 1 (a failed self-test), 2 (an error), 130 or 143 (a signal).
 
     Args:
         argv: the arguments after the program's name; None reads them from the process.
@@ -69,14 +71,14 @@ def _sentence(error: Exception) -> str:
 def _dispatch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="grpo-fast",
-        usage="grpo-fast [--version] [--debug] train|reward-model|iterate|plan|doctor [options]",
+        usage="grpo-fast [--version] [--debug] COMMAND [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"grpo_fast {__version__}")
-    commands = {"train": _train, "plan": _plan, "doctor": _doctor}
-    commands |= {"reward-model": _reward_model, "iterate": _iterate}
+    commands = {"train": _train, "ppo": _ppo, "reward-model": _reward_model}
+    commands |= {"iterate": _iterate, "plan": _plan, "doctor": _doctor}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     if not argv:
@@ -98,47 +100,69 @@ def _doctor(argv: list[str]) -> int:
     return run(argv)
 
 
+def _ppo(argv: list[str]) -> int:
+    return _train(argv, "ppo")
+
+
 def _reward_model(argv: list[str]) -> int:
-    return _verb("reward_model", argv)
+    return _loop_verb("reward_model", argv)
 
 
 def _iterate(argv: list[str]) -> int:
-    return _verb("iterate", argv)
+    return _loop_verb("iterate", argv)
 
 
-def _verb(name: str, argv: list[str]) -> int:
+def _loop_verb(name: str, argv: list[str]) -> int:
     try:
-        from . import verbs
+        from . import loop_verbs
     except ImportError as error:
         raise ValueError(
             f"this command needs a package that is not installed ({error.name}): "
             "pip install 'grpo_fast[trainer]'."
         ) from error
-    return getattr(verbs, name)(argv)
+    return getattr(loop_verbs, name)(argv)
 
 
-def _train(argv: list[str]) -> int:
-    check_names(argv)
+def _train(argv: list[str], verb: str = "train") -> int:
+    check_names(argv, "PPOConfig" if verb == "ppo" else "GRPOConfig")
     try:
         from .options import parse
     except ImportError as error:
         raise ValueError(
-            f"train needs a package that is not installed ({error.name}): "
+            f"{verb} needs a package that is not installed ({error.name}): "
             "pip install 'grpo_fast[trainer]'."
         ) from error
     # `python -m` and scripts see the working directory, a console script does not
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    parsed = parse(argv)
+    parsed = parse(argv, verb)
     if parsed is None:
         return 0
     script, config = parsed
     if script.demo:
         from .demo import run
 
-        run(config)
+        stopped = run(config, verb)
     else:
         from .train import train
 
-        train(script, config)
-    return 0
+        stopped = train(script, config, verb)
+    if stopped is None:
+        return 0
+    print(f"go on with: {_again(verb, argv)}", file=sys.stderr)
+    return 128 + stopped
+
+
+def _again(verb: str, argv: list[str]) -> str:
+    """The command that resumes a run."""
+    kept, skip = [], False
+    for token in argv:
+        name = token.split("=")[0].replace("_", "-")
+        if name == "--resume-from-checkpoint":
+            skip = "=" not in token
+        elif not skip or token.startswith("--"):
+            kept.append(token)
+            skip = False
+        else:
+            skip = False
+    return shlex.join(["grpo-fast", verb, *kept, "--resume-from-checkpoint", "true"])

@@ -1,5 +1,5 @@
-"""Names of the options of `grpo-fast train`, read from source text: a typo is answered before
-transformers is imported, which takes ten seconds of CPU."""
+"""Names of the options of the commands that train, read from source text: a typo is answered
+before transformers is imported, which takes ten seconds of CPU."""
 
 from __future__ import annotations
 
@@ -10,49 +10,68 @@ from pathlib import Path
 
 _OURS = Path(__file__).resolve().parent.parent
 _PARSER = ("config", "help", "help_all")
-_PARENTS = {"TrainingArguments", "KLOptions"}
+# class of options -> its file; its parents have to be rows of this table, or of transformers
+_CLASSES = {
+    "GRPOConfig": "trainer/config.py",
+    "KLOptions": "trainer/kl.py",
+    "LossOptions": "trainer/loss_options.py",
+    "PPOConfig": "trainer/ppo_config.py",
+    "ReplayOptions": "trainer/replay_options.py",
+    "RewardOptions": "trainer/reward_options.py",
+    "SamplingOptions": "trainer/sampling_options.py",
+    "ScriptArguments": "cli/options.py",
+}
+_INHERITED = "TrainingArguments"
 
 
-def fields_of(path: Path, name: str) -> set[str] | None:
-    """Annotated fields of a dataclass without parents but those of `_PARENTS`; None where its
-    source says too little."""
+def fields_of(name: str) -> set[str] | None:
+    """Annotated fields of a dataclass and of its parents; None where its source says too little."""
+    path = _inherited_path() if name == _INHERITED else _OURS / _CLASSES.get(name, "")
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
+    except (OSError, AttributeError, SyntaxError, UnicodeDecodeError):
         return None
     for node in tree.body:
         if not isinstance(node, ast.ClassDef) or node.name != name:
             continue
-        parents = {base.id for base in node.bases if isinstance(base, ast.Name)}
-        if len(node.bases) != len(parents) or parents - _PARENTS:
-            return None
         stated = [n for n in node.body if isinstance(n, ast.AnnAssign)]
-        return {n.target.id for n in stated if "ClassVar" not in ast.unparse(n.annotation)}
+        found = {n.target.id for n in stated if "ClassVar" not in ast.unparse(n.annotation)}
+        for base in node.bases:
+            further = fields_of(base.id) if isinstance(base, ast.Name) else None
+            if further is None:
+                return None
+            found |= further
+        return found
     return None
 
 
-def option_names() -> set[str] | None:
-    """Names of all options, with underscores; None where they cannot be read."""
+def _inherited_path() -> Path | None:
     spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return None
-    inherited = fields_of(Path(spec.origin).parent / "training_args.py", "TrainingArguments")
-    config = fields_of(_OURS / "trainer" / "config.py", "GRPOConfig")
-    kl = fields_of(_OURS / "trainer" / "kl.py", "KLOptions")
-    script = fields_of(_OURS / "cli" / "options.py", "ScriptArguments")
-    parts = (inherited, config, kl, script)
+    return spec and spec.origin and Path(spec.origin).parent / "training_args.py"
+
+
+def option_names(config: str = "GRPOConfig") -> set[str] | None:
+    """Names of all options, with underscores; None where they cannot be read.
+
+    Args:
+        config: name of the class of the trainer's arguments.
+    """
+    parts = (fields_of(config), fields_of("ScriptArguments"))
     if None in parts:
         return None
     return {n for part in parts for n in part if not n.startswith("_")} | set(_PARSER)
 
 
-def check_names(argv: list[str]) -> None:
+def check_names(argv: list[str], config: str = "GRPOConfig") -> None:
     """Refuse an unknown option; whatever else is wrong is for the parser.
+
+    Args:
+        config: name of the class of the trainer's arguments.
 
     Raises:
         ValueError: an unknown option; the nearest one is named.
     """
-    known = option_names()
+    known = option_names(config)
     if known is None:
         return
     for token in argv:

@@ -1,4 +1,4 @@
-"""Options of `grpo-fast train`: the command line over a YAML file over the defaults."""
+"""Options of `grpo-fast train` and `ppo`: the command line over a YAML file over the defaults."""
 
 from __future__ import annotations
 
@@ -16,30 +16,16 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from grpo_fast.checks import fail
-from grpo_fast.trainer.config import GRPOConfig
+
+from .verbs import VERBS
 
 REASONING_GYM = "reasoning_gym:"
-USAGE = "grpo-fast train [--config FILE.yaml] [options]"
-DESCRIPTION = """\
-Train a causal language model with GRPO.
-
-Without a model, a dataset and a reward it runs the embedded demo: SmolLM2-135M-Instruct learns a
-reasoning-gym task in minutes, on a CPU too.
-
-examples:
-  grpo-fast train
-  grpo-fast train --seed 1 --max-steps 20 --output-dir runs/short
-  grpo-fast train --model Qwen/Qwen3-0.6B --dataset reasoning_gym:chain_sum --output-dir runs/sums
-  grpo-fast train --model ./model --dataset prompts.jsonl --reward my_rewards:length \\
-      --reward my_rewards:format --reward-weights 1.0 0.5 --lora-r 16 --learning-rate 1e-5
-  grpo-fast train --config run.yaml --beta 0.04
-"""
 EPILOG = """\
 A YAML file holds the same names (`max_steps: 100`); the command line wins over it. Every field of
 transformers.TrainingArguments is an option as well: --help-all lists them. To go on from the newest
 checkpoint in the output folder: --resume-from-checkpoint latest.
 """
-# fields that the command line shows beside those of GRPOConfig itself
+# fields that the command line shows beside those of ours
 _COMMON = (
     "output_dir",
     "per_device_train_batch_size",
@@ -64,7 +50,7 @@ def _option(default: object, text: str, **metadata: Any):
 
 @dataclass
 class ScriptArguments:
-    """What to train, on what, for what: the options that are no field of `GRPOConfig`.
+    """What to train, on what, for what: the options that are no field of the trainer's.
 
     Raises:
         ValueError: for a number out of range, or options that belong together and are not.
@@ -72,6 +58,9 @@ class ScriptArguments:
 
     _argument_group_name = "model, data and rewards"
 
+    demo: bool = _option(
+        False, "Run the embedded demo, which is also what happens without a model and a dataset."
+    )
     model: str | None = _option(None, "Hub name or folder of the model.")
     gguf_file: str | None = _option(None, "GGUF file in that place; its weights are unpacked.")
     dataset: str | None = _option(
@@ -115,11 +104,13 @@ class ScriptArguments:
             ):
                 value, hint = getattr(self, name), "set lora_r as well, or leave it out."
                 fail(name, "no value without lora_r", value, hint)
+        self.demo = self.demo or self._says_nothing
         if self.demo:
             given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+            given.remove("demo")
             if given:
                 expected = "no value in the demo, which has its own model, dataset and reward"
-                hint = "give --model and --dataset as well."
+                hint = "give --model and --dataset, and no --demo."
                 fail(given[0], expected, getattr(self, given[0]), hint)
         elif self.model is None or self.dataset is None:
             missing = "model" if self.model is None else "dataset"
@@ -129,8 +120,7 @@ class ScriptArguments:
             fail("reward", "at least one", "none", hint)
 
     @property
-    def demo(self) -> bool:
-        """True when nothing says what to train, so that the embedded demo runs."""
+    def _says_nothing(self) -> bool:
         return self.model is None and self.dataset is None and not self.reward
 
 
@@ -160,24 +150,29 @@ class _Loader(yaml.SafeLoader):
 
 
 class TrainParser(HfArgumentParser):
-    """The options of `ScriptArguments` and `GRPOConfig`; bad ones are `ValueError`s."""
+    """The options of `ScriptArguments` and the trainer's; bad ones are `ValueError`s.
 
-    def __init__(self) -> None:
-        classes = [ScriptArguments, GRPOConfig]
+    Args:
+        verb: key of `VERBS`.
+    """
+
+    def __init__(self, verb: str = "train") -> None:
+        self.config = VERBS[verb].config
+        classes = [ScriptArguments, self.config]
         # HfArgumentParser rewrites the annotations of the fields it reads
         self._hints = {k: v for c in classes for k, v in typing.get_type_hints(c).items()}
         super().__init__(
             classes,
-            prog="grpo-fast train",
-            usage=USAGE,
-            description=DESCRIPTION,
+            prog=f"grpo-fast {verb}",
+            usage=f"grpo-fast {verb} [--config FILE.yaml] [options]",
+            description=VERBS[verb].description,
             epilog=EPILOG,
             formatter_class=_Help,
             allow_abbrev=False,
             add_help=False,
         )
         self.add_argument("--config", help="YAML file with any of these options.")
-        self.add_argument("-h", "--help", action="store_true", help="Show the options of GRPO.")
+        self.add_argument("-h", "--help", action="store_true", help="Show the options of ours.")
         self.add_argument("--help-all", action="store_true", help="Show every option.")
         for action in self._actions:
             self._repair(action)
@@ -275,26 +270,30 @@ class TrainParser(HfArgumentParser):
         return _typed(action, value)
 
     def show_help(self, everything: bool) -> None:
-        """Print the options: those of GRPO, or all."""
+        """Print the options: ours and the common ones, or all."""
         inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - set(_COMMON)
-        own = set(GRPOConfig.__annotations__)
+        ours = [c for c in self.config.__mro__ if c not in TrainingArguments.__mro__]
+        own = {name for c in ours for name in c.__dict__.get("__annotations__", {})}
         for action in self._actions:
             hidden = not everything and action.dest in inherited - own
             # no_ forms repeat their option's text
             if hidden or action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS
-        # argparse prints its own group, here that of GRPOConfig, before every other
+        # argparse prints its own group, here that of the trainer, before every other
         self._action_groups.sort(key=lambda g: g.title != ScriptArguments._argument_group_name)
         self.print_help()
 
 
-def parse(argv: list[str]) -> tuple[ScriptArguments, dict[str, Any]] | None:
-    """The script's options, and the GRPOConfig fields that were set; None when help was asked for.
+def parse(argv: list[str], verb: str = "train") -> tuple[ScriptArguments, dict[str, Any]] | None:
+    """The script's options, and the trainer's fields that were set; None when help was asked for.
+
+    Args:
+        verb: key of `VERBS`.
 
     Raises:
         ValueError: for bad options, in one sentence.
     """
-    parser = TrainParser()
+    parser = TrainParser(verb)
     given = parser.given(argv)
     everything = given.pop("help_all", False)
     if given.pop("help", False) or everything:

@@ -1,4 +1,4 @@
-"""`grpo-fast train`: model, data and rewards of the options, and the run."""
+"""`grpo-fast train` and `ppo`: model, data and rewards of the options, and the run."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ if TYPE_CHECKING:
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def train(script: ScriptArguments, config: dict[str, Any]) -> None:
+def train(script: ScriptArguments, config: dict[str, Any], verb: str = "train") -> int | None:
     """Train as the options say, save the model, and print where everything is.
+
+    Returns:
+        The signal that ended the run before its last step, None where it came to its end.
 
     Args:
         script: model, data and rewards.
-        config: the fields of `GRPOConfig` that were set.
+        config: the fields of the trainer's arguments that were set.
+        verb: key of `VERBS`.
 
     Raises:
         ValueError: for anything that cannot be loaded or does not fit, before training starts.
     """
-    from grpo_fast.trainer.config import GRPOConfig
-    from grpo_fast.trainer.grpo import GRPOTrainer
+    from .verbs import VERBS
 
-    args = GRPOConfig(**config)
+    args = VERBS[verb].config(**config)
     rewards = load_rewards(script)
     train_dataset, eval_dataset = load_datasets(script, args.seed)
     if script.gguf_file is not None:
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "gguf_file": script.gguf_file}
-    trainer = GRPOTrainer(
+    trainer = VERBS[verb].trainer()(
         model=script.model,
         reward_funcs=rewards,
         args=args,
@@ -42,9 +45,12 @@ def train(script: ScriptArguments, config: dict[str, Any]) -> None:
         peft_config=_lora(script),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.stopping.stopped is not None:
+        return trainer.stopping.stopped
     trainer.save_model()
     if trainer.is_world_process_zero():
         print(f"model, metrics.jsonl, curves and checkpoints: {Path(args.output_dir).resolve()}")
+    return None
 
 
 def load_datasets(script: ScriptArguments, seed: int) -> tuple[Dataset, Dataset | None]:

@@ -47,6 +47,7 @@ def chunk_size(budget: int | None, V: int, H: int, itemsize: int, device: str) -
     Args:
         itemsize: bytes of a logit, 4 or 8. device: type of the device, "cuda", "cpu" and so on.
     """
+    # what rounds a row up to 64 bytes is within FIXED_BYTES
     per_row = itemsize * (V + 3 * H)
     least = FIXED_BYTES + ROW_MULTIPLE * per_row
     if budget is None:
@@ -192,9 +193,12 @@ class LinearHead:
     chunk_rows: int = field(init=False)
     width: int = field(init=False)
     """H: columns of hidden that are not the adapter's."""
+    stored: torch.dtype = field(init=False)
+    """Of the weight, outside of autocast."""
 
     def __post_init__(self) -> None:
         self.dtype = torch.promote_types(self.hidden.dtype, torch.float32)
+        self.stored = self.weight.dtype
         if self.autocast_dtype is not None:
             self.hidden = self.hidden.to(self.autocast_dtype)
             self.weight = self.weight.to(self.autocast_dtype)
@@ -222,11 +226,12 @@ class LinearHead:
         self.hidden = torch.cat((self.hidden, inner), 1)
         self.weight = torch.cat((self.weight, lora.B), 1)
 
-    @property
-    def columns_first(self) -> bool:
-        """Backward by slices of the vocabulary: with so few rows in a chunk, reading and writing
-        dweight for each costs an accelerator more than the logits of an extra product."""
-        return self.chunk_rows < COLUMNS_FIRST.get(self.hidden.device.type, 0)
+    def by_columns(self, needs: Needs, n: int) -> bool:
+        """Backward of n rows by slices of the vocabulary: with so few rows in a chunk, reading and
+        writing an fp32 dweight for each costs an accelerator more than the logits of an extra
+        product."""
+        few = self.chunk_rows < COLUMNS_FIRST.get(self.hidden.device.type, 0)
+        return few and needs.weight and n > self.chunk_rows
 
     @property
     def narrow(self) -> torch.dtype | None:
@@ -241,11 +246,16 @@ class LinearHead:
             inverse = self.inv_temperature[place].to(self.dtype)
         return {"inv_temperature": inverse, "scale": self.logit_scale, "softcap": self.softcap}
 
+    def scratch(self, n_bytes: int) -> Tensor:
+        """n_bytes of the workspace."""
+        return workspace(self.hidden, n_bytes, self.budget - FIXED_BYTES)
+
     def logits_buffer(self, rows: int, columns: int) -> Tensor:
-        """(rows, columns) of the workspace."""
-        n_bytes = rows * columns * self.dtype.itemsize
-        flat = workspace(self.hidden, n_bytes, self.budget - FIXED_BYTES).view(self.dtype)
-        return flat.view(rows, columns)
+        """(rows, columns) of the workspace, whose rows begin at multiples of 64 bytes: elsewhere
+        the kernels load single logits, and a product writes them slower."""
+        stride = round_up(columns)
+        flat = self.scratch(rows * stride * self.dtype.itemsize).view(self.dtype)
+        return flat.view(rows, stride)[:, :columns]
 
     def gather(self, index: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor | slice]:
         """Hidden states (m, H) of the listed rows start to stop, m padded with zeros to a multiple
@@ -271,8 +281,9 @@ class LinearHead:
         if n == 0:
             return
         V = self.weight.shape[0]
-        size = min(self.chunk_rows, round_up(n))
-        buffer = self.logits_buffer(size, V)
+        # chunks of one size: 16 rows that are left over cost a visit to the whole weight
+        size = min(self.chunk_rows, round_up(-(-n // -(-n // self.chunk_rows))))
+        buffer = self.logits_buffer(min(self.chunk_rows, round_up(n)) if cuts else size, V)
         start = 0
         for stop in cuts or [*range(size, n, size), n]:
             k = stop - start

@@ -8,6 +8,7 @@ which gives the same numbers (a product of two bf16 numbers is exact in fp32).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -63,8 +64,12 @@ def weight_gradient(dlogits: Tensor, hidden: Tensor, out: Tensor, *, first: bool
     """out (V, H) += dlogits.T (V, n) @ hidden (n, H); out is the fp32 (or fp64) accumulator.
 
     first: out holds nothing yet and is written without being read, which saves two passes over it.
+    Then it may be narrow, as the operands are: fp32 sums, rounded once.
     """
-    if dlogits.dtype == hidden.dtype == out.dtype:
+    if out.dtype.itemsize == 2:
+        assert first and dlogits.dtype == hidden.dtype == out.dtype
+        _rounded(dlogits, hidden, out)
+    elif dlogits.dtype == hidden.dtype == out.dtype:
         torch.mm(dlogits.t(), hidden, out=out) if first else out.addmm_(dlogits.t(), hidden)
     elif _mixed(dlogits, hidden, out):
         if first:
@@ -76,3 +81,30 @@ def weight_gradient(dlogits: Tensor, hidden: Tensor, out: Tensor, *, first: bool
         for part in _slices(out):
             left = dlogits[:, part].to(out.dtype).t()
             torch.mm(left, upcast, out=out[part]) if first else out[part].addmm_(left, upcast)
+
+
+def _rounded(dlogits: Tensor, hidden: Tensor, out: Tensor) -> None:
+    """out (V, H) = dlogits.T @ hidden, all of them bf16 or fp16, summed in fp32."""
+    if out.is_cuda:
+        with _whole_sums():
+            torch.mm(dlogits.t(), hidden, out=out)
+        return
+    upcast = hidden.float()
+    for part in _slices(out):
+        out[part] = torch.mm(dlogits[:, part].float().t(), upcast)
+
+
+@contextmanager
+def _whole_sums() -> Iterator[None]:
+    """Inside, a product that is split along its sum adds the parts in fp32; torch lets cuBLAS round
+    each to the type of the result."""
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    try:
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)

@@ -1,4 +1,5 @@
-"""What the rows of a chunk add to the gradients of the head: fp32 accumulators, downcast once."""
+"""What the rows of a chunk add to the gradients of the head: fp32 accumulators, downcast once, and
+a narrow dweight where one product gives all of it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from . import gemm
 from .chunks import ROW_MULTIPLE, LinearHead, Needs
+from .held import Held, held_in
 
 
 def compact(rows: Tensor, keep: Tensor) -> Tensor:
@@ -22,10 +24,13 @@ def compact(rows: Tensor, keep: Tensor) -> Tensor:
 
 @dataclass
 class HeadGradients:
-    """fp32 accumulators of the gradients of a head; one downcast each, at the end."""
+    """fp32 accumulators of the gradients of a head; one downcast each, at the end. dweight has the
+    type of the weight already where `held.held_in` lets all n rows wait for one product."""
 
     head: LinearHead
     needs: Needs
+    n: int
+    """Rows that are added at most."""
     main_grad: Tensor | None = None
     """(V, H) fp32 of the caller, to which dweight is added; it is None in the results then."""
     scale: Tensor | None = None
@@ -40,7 +45,11 @@ class HeadGradients:
     partial: Tensor | None = None
     """(n, H): what slices of the vocabulary have added up of dhidden."""
     empty: bool = True
-    """No chunk was added so far, and dweight holds whatever its memory held."""
+    """No chunk was added so far."""
+    summed: bool = False
+    """dweight holds a product; before, whatever its memory held."""
+    held: Held | None = None
+    """Rows that wait for their part of dweight."""
 
     def __post_init__(self) -> None:
         head, dtype = self.head, self.head.dtype
@@ -60,7 +69,13 @@ class HeadGradients:
             self.dweight = self.main_grad
             # a scaled product cannot be added to what is not scaled
             if self.main_grad is None or self.scale is not None:
-                self.dweight = torch.empty(V, head.width, dtype=dtype, device=device)
+                rows = held_in(head, self.n, self.main_grad is not None)
+                kind = head.narrow if 0 < self.n <= rows else dtype
+                # one chunk needs no room of its own, and what waits no narrow dweight yet
+                if rows > head.chunk_rows:
+                    self.held = Held(head, rows)
+                if self.held is None or kind == dtype:
+                    self.dweight = torch.empty(V, head.width, dtype=kind, device=device)
         if self.needs.bias:
             self.dbias = zeros(V)
         if self.needs.lora_A:
@@ -73,14 +88,38 @@ class HeadGradients:
         """Of [W, B] in the product with dlogits: an adapter alone needs that with B."""
         return 0 if self.needs.hidden else self.head.width
 
+    def room(self, logits: Tensor) -> Tensor:
+        """Where a row kernel leaves the dlogits of a chunk of logits (1, n, V): over them, or among
+        those that wait."""
+        if self.held is None:
+            return self.head.gradient_view(logits)
+        return self.held.room(logits.shape[1])
+
+    def _add_held(self) -> None:
+        """The product of the rows that have waited."""
+        if self.dweight is None:
+            like = self.head.weight
+            self.dweight = like.new_empty(like.shape[0], self.head.width)
+        if self.held.used:
+            dlogits, hidden = self.held.take()
+            gemm.weight_gradient(dlogits, hidden, self.dweight, first=not self.summed)
+            self.summed = True
+            self.held.clear()
+
     def add(self, hidden: Tensor, dlogits: Tensor, place: Tensor | slice) -> None:
         """Add the products of some rows: hidden (n, H), dlogits (n, V), the rows of hidden."""
         width = self.head.width
         if self.dhidden is not None:
             self._add_dhidden(hidden, dlogits, place)
-        if self.dweight is not None:
-            first = self.empty and self.dweight is not self.main_grad
+        if self.held is not None:
+            self.held.keep(dlogits.shape[0], place)
+            # now, while no logits are in the workspace
+            if self.held.rows < self.n and not self.held.fits(self.head.chunk_rows):
+                self._add_held()
+        elif self.dweight is not None:
+            first = not self.summed and self.dweight is not self.main_grad
             gemm.weight_gradient(dlogits, hidden[:, :width], self.dweight, first=first)
+            self.summed = True
         if self.dlora_B is not None:
             gemm.weight_gradient(dlogits, hidden[:, width:], self.dlora_B, first=self.empty)
         if self.dbias is not None:
@@ -118,6 +157,7 @@ class HeadGradients:
         if self.dweight is not None:
             first = self.dweight is not self.main_grad
             gemm.weight_gradient(dlogits, hidden[:, :width], self.dweight[part], first=first)
+            self.summed = True
         if self.dlora_B is not None:
             gemm.weight_gradient(dlogits, hidden[:, width:], self.dlora_B[part], first=True)
         if self.dbias is not None:
@@ -131,11 +171,14 @@ class HeadGradients:
             self.partial = None
 
     def finish(self) -> list[Tensor | None]:
-        """dhidden, dweight, dbias, dA and dB in fp32, with the scale taken out."""
-        if self.empty:
-            for grad in (self.dweight, self.dlora_B):
-                if grad is not None and grad is not self.main_grad:
-                    grad.zero_()
+        """dhidden, dweight, dbias, dA and dB, with the scale taken out: fp32, but for a dweight of
+        one product."""
+        if self.held is not None:
+            self._add_held()
+            self.held = None
+        for grad, done in ((self.dweight, self.summed), (self.dlora_B, not self.empty)):
+            if not (done or grad is None or grad is self.main_grad):
+                grad.zero_()
         if self.scale is not None:
             for grad in (self.dweight, self.dbias, self.dlora_B):
                 if grad is not None:

@@ -59,9 +59,9 @@ def head_gradients(
     scale = fp16_scale(head.narrow, size)
     if scale is not None:
         upstream = tuple(None if g is None else g * scale for g in upstream)
-    grads = HeadGradients(head, needs, main_grad, scale)
-    columns_first = head.columns_first and needs.weight and n > head.chunk_rows
-    visit = _by_columns if columns_first else _by_rows
+    grads = HeadGradients(head, needs, n, main_grad, scale)
+    by_columns = grads.held is None and head.by_columns(needs, n)
+    visit = _by_columns if by_columns else _by_rows
     visit(head, ids, stats, upstream, grads, index, n)
     return grads.finish()
 
@@ -70,7 +70,7 @@ def _by_rows(head, ids, stats, upstream, grads, index, n) -> None:
     """The logits of a chunk of rows at a time, all products of them."""
     for chunk in head.chunks(index, n):
         place = chunk.place
-        out = head.gradient_view(chunk.logits)
+        out = grads.room(chunk.logits)
         dlogp, dlse, dentropy = (None if g is None else g[place] for g in upstream)
         head.backend.logprob_bwd(
             chunk.logits,
@@ -118,7 +118,7 @@ def stats_and_slope(
     """Statistics (4, N) and u = dlogp / dhidden (N, H) fp32, with which a frozen head needs no
     product in backward."""
     stats = torch.zeros(4, ids.numel(), dtype=head.dtype, device=ids.device)
-    grads = HeadGradients(head, needs)
+    grads = HeadGradients(head, needs, rows.n_unmasked)
     for chunk in head.chunks(rows.unmasked_index, rows.n_unmasked):
         own = stats.new_empty(4, chunk.hidden.shape[0])
         args = (chunk.logits, ids[chunk.place], own)

@@ -83,7 +83,10 @@ def _run(given: Given) -> list[Tensor]:
     counts = torch.stack([v.long() for k, v in found.items() if k in metrics.COUNTS])
     # fp16 logits: the power of two that `gradients.fp16_scale` chose
     scale = done.loss.new_ones(()) if done.scale is None else done.scale
+    kind = wide(call.source)
     gradients = [g for g, flag in zip(done.gradients, given.wanted, strict=True) if flag]
+    if call.head is not None:
+        gradients = [g.to(kind) for g in gradients]
     return [done.loss.clone(), numbers, counts, scale, *gradients]
 
 

@@ -14,6 +14,7 @@ from grpo_fast.config import LossConfig
 from grpo_fast.engine.backend import Backend, select
 from grpo_fast.engine.chunks import LinearHead, Lora, Needs, autocast_dtype, no_autocast
 from grpo_fast.engine.head import Head, as_head
+from grpo_fast.engine.held import held_in
 from grpo_fast.engine.parallel import Placement, place
 from grpo_fast.engine.passes import head_stats
 from grpo_fast.objective.batch import Batch, prepare
@@ -42,9 +43,10 @@ class Checked(NamedTuple):
     """The other arguments of a `LinearHead`."""
 
 
-def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
-    """What the planner goes by, of a call."""
+def facts_of(head: LinearHead, batch: Batch, needs: Needs, accumulates: bool) -> Facts:
+    """What the planner goes by, of a call; accumulates: into the caller's main_grad."""
     rows, config = batch.rows, batch.config
+    held = held_in(head, rows.n_gradient, accumulates) if needs.weight else 0
     return Facts(
         n_rows=rows.ids.numel(),
         n_tokens=rows.n_tokens,
@@ -66,7 +68,8 @@ def facts_of(head: LinearHead, batch: Batch, needs: Needs) -> Facts:
         top_share=config.top_entropy_quantile,
         chunk_rows=head.chunk_rows,
         fixed=rows.fixed,
-        columns_first=head.columns_first and needs.weight and rows.n_gradient > head.chunk_rows,
+        columns_first=held == 0 and head.by_columns(needs, rows.n_gradient),
+        held=held,
     )
 
 
@@ -120,7 +123,7 @@ def compute(checked: Checked, needs: Needs) -> Done:
     with torch.no_grad(), no_autocast(call.source.device):
         head = LinearHead(*tensors[:3], **checked.options)
         batch = _with_reference(checked, explain=False)
-        plan = choose(facts_of(head, batch, needs))
+        plan = choose(facts_of(head, batch, needs, run.main_grad is not None))
         if run.main_grad is not None:
             batch = replace(batch, weights=batch.weights * run.grad_scale)
         terms, gradients = routes.run(plan.route, head, batch, needs, run.main_grad)
@@ -135,7 +138,9 @@ def plan_of(checked: Checked, needs: Needs) -> Plan:
     """The route that `compute` takes, and its costs."""
     with torch.no_grad(), no_autocast(checked.call.source.device):
         head = LinearHead(*checked.tensors[:3], **checked.options)
-        return choose(facts_of(head, _with_reference(checked, explain=True), needs))
+        batch = _with_reference(checked, explain=True)
+        accumulates = checked.call.execution.main_grad is not None
+        return choose(facts_of(head, batch, needs, accumulates))
 
 
 def _with_reference(checked: Checked, explain: bool) -> Batch:

@@ -77,7 +77,7 @@ def one_pass(
     # (4, n) terms plus dlogp and ratio; see kernels/policy.py
     terms = torch.empty(6, rows.n_unmasked, dtype=head.dtype, device=ids.device)
     n_gradient = rows.n_gradient if any(needs) else 0
-    grads = HeadGradients(head, needs, main_grad)
+    grads = HeadGradients(head, needs, n_gradient, main_grad)
     config = batch.config
     options = dict(token_loss_of(config).arguments)
     if config.entropy_coef > 0:
@@ -87,7 +87,7 @@ def one_pass(
         listed = None if index is None else index[start:stop]
         for chunk in head.chunks(listed, stop - start):
             part = slice(start + chunk.rows.start, start + chunk.rows.stop)
-            out = head.gradient_view(chunk.logits) if backward else None
+            out = grads.room(chunk.logits) if backward else None
             mine = {k: None if v is None else v[part] for k, v in fields.items()}
             gap = None if rollout is None else rollout[part]
             head.backend.policy(
@@ -128,7 +128,7 @@ def in_pass(
     rows = batch.rows
     index = rows.unmasked_index
     stats = torch.zeros(4, rows.ids.numel(), dtype=head.dtype, device=rows.ids.device)
-    grads = HeadGradients(head, needs, main_grad, scale)
+    grads = HeadGradients(head, needs, rows.n_gradient, main_grad, scale)
 
     def visit(start: int, stop: int, ends: list[int] | None, backward: bool) -> None:
         listed = None if index is None else index[start:stop]
@@ -143,7 +143,7 @@ def in_pass(
             upstream = [dlogp, dentropy]
             if scale is not None:
                 upstream = [None if g is None else g * scale for g in upstream]
-            out = head.gradient_view(chunk.logits)
+            out = grads.room(chunk.logits)
             head.backend.logprob_bwd(
                 chunk.logits, ids, own, upstream[0], out, dentropy=upstream[1], **chunk.transform
             )

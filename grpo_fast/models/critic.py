@@ -10,6 +10,8 @@ optimizer and accumulation see one model; it is saved beside the policy and neve
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from .packing import PackedBatch, pack
 
 NAME = "critic"
 CRITICS = ("shared", "separate")
-_FILE = "critic.safetensors"
+_FILE, _FACTS = "critic.safetensors", "critic.json"
 
 
 class Critic(nn.Module):
@@ -67,9 +69,16 @@ class Critic(nn.Module):
             return self.head(hidden.float()).squeeze(-1)
 
 
-def shared_critic(policy: nn.Module, detach: bool) -> Critic:
-    """A critic on the hidden states of a policy."""
-    return Critic(_width(backbone(policy)), detach=detach)
+def shared_critic(policy: nn.Module, detach: bool, source: str | None = None) -> Critic:
+    """A critic on the hidden states of a policy.
+
+    Args:
+        source: folder that `save_critic` wrote, to start from; see `check_source`.
+    """
+    critic = Critic(width_of(backbone(policy).config), detach=detach)
+    if source is not None:
+        load_critic(critic, Path(source), "critic_model")
+    return critic
 
 
 def separate_critic(
@@ -83,7 +92,8 @@ def separate_critic(
     Args:
         policy: without an adapter where `source` is None.
         source: checkpoint name or folder; of a reward model (sequence classification with one
-            label) the score becomes the value head. None: a copy of the policy's backbone.
+            label) the score becomes the value head. Or a folder that `save_critic` wrote. None: a
+            copy of the policy's backbone.
         tokenizer: the policy's.
         init_kwargs: passed to `from_pretrained`; `dtype` is float32 unless given.
 
@@ -91,17 +101,22 @@ def separate_critic(
         ValueError: the checkpoint has another tokenizer, more than one label, or cannot be packed.
     """
     if source is None:
-        return Critic(_width(backbone(policy)), copy.deepcopy(backbone(policy)).requires_grad_())
-    check_source(source, tokenizer)
+        body = copy.deepcopy(backbone(policy)).requires_grad_()
+        return Critic(width_of(body.config), body)
+    check_source(source, tokenizer, "separate")
     init_kwargs.setdefault("dtype", torch.float32)
-    if not _is_reward_model(source):
+    if is_saved_critic(source):
+        body = AutoModel.from_config(AutoConfig.from_pretrained(source), **init_kwargs)
+        critic = Critic(width_of(body.config), body)
+        load_critic(critic, Path(source), "critic_model")
+    elif not _is_reward_model(source):
         body = AutoModel.from_pretrained(source, **init_kwargs)
-        critic = Critic(_width(body), body)
+        critic = Critic(width_of(body.config), body)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(source, **init_kwargs)
         if not isinstance(getattr(model, "score", None), nn.Linear):
             fail("critic_model", "a decoder with a linear score", type(model).__name__)
-        critic = Critic(_width(model.base_model), model.base_model)
+        critic = Critic(width_of(model.base_model.config), model.base_model)
         with torch.no_grad():
             critic.head.weight.copy_(model.score.weight)
             if model.score.bias is not None:
@@ -110,8 +125,9 @@ def separate_critic(
     return critic
 
 
-def _width(body: nn.Module) -> int:
-    return body.config.get_text_config(decoder=True).hidden_size
+def width_of(config: Any) -> int:
+    """H of the hidden states of a model with this configuration."""
+    return config.get_text_config(decoder=True).hidden_size
 
 
 def _is_reward_model(source: str) -> bool:
@@ -119,13 +135,43 @@ def _is_reward_model(source: str) -> bool:
     return names[0].endswith("ForSequenceClassification")
 
 
-def check_source(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a checkpoint that reads other tokens than the policy writes, before it is loaded.
+def is_saved_critic(source: str) -> bool:
+    """Whether `save_critic` wrote this folder."""
+    return (Path(source) / _FACTS).is_file() and (Path(source) / _FILE).is_file()
+
+
+def check_source(
+    source: str, tokenizer: PreTrainedTokenizerBase, kind: str, width: int | None = None
+) -> None:
+    """Refuse a checkpoint that the policy has no use for as a critic, before anything is loaded.
+
+    Args:
+        source: checkpoint name or folder, or a folder that `save_critic` wrote.
+        tokenizer: the policy's.
+        kind: of the critic, one of `CRITICS`.
+        width: H of the policy's hidden states; needed where the critic reads them.
 
     Raises:
-        ValueError: it has no tokenizer or another vocabulary, or more than one label.
+        ValueError: it has no tokenizer or another vocabulary, more than one label, fewer embeddings
+            than there are tokens; a saved critic is of the other kind, or of another width.
     """
-    config = AutoConfig.from_pretrained(source)
+    if is_saved_critic(source):
+        facts = json.loads((Path(source) / _FACTS).read_text(encoding="utf-8"))
+        if facts["kind"] != kind:
+            fail("critic_model", f"a critic of the kind {kind!r}", f"{facts['kind']!r} in {source}")
+        if facts["vocabulary"] != _vocabulary(tokenizer):
+            fail("critic_model", "the tokenizer of the policy", f"a critic of another in {source}")
+        if width is not None and facts["width"] != width:
+            expected = f"a critic on the {width} hidden states of the policy"
+            fail("critic_model", expected, f"one on {facts['width']} in {source}")
+        return
+    if kind == "shared":
+        fail("critic_model", "the folder of a saved critic with critic='shared'", repr(source))
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        # transformers says in a paragraph what a checkpoint may be
+        fail("critic_model", "a checkpoint that can be read", f"{source} ({error})")
     if _is_reward_model(source) and config.num_labels != 1:
         fail("critic_model", "a reward model with one label", f"{config.num_labels} of {source}")
     try:
@@ -138,6 +184,16 @@ def check_source(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
         other = sum(theirs.get_vocab().get(t) != i for t, i in tokenizer.get_vocab().items())
         got = f"{source}, where {other} of {len(tokenizer)} tokens are others"
         fail("critic_model", "the tokenizer of the policy", got)
+    rows = config.get_text_config(decoder=True).vocab_size
+    if rows < len(tokenizer):
+        expected = f"an embedding for each of the {len(tokenizer)} tokens of the policy"
+        fail("critic_model", expected, f"{rows} in {source}")
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all tokens with their numbers."""
+    text = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def check_critic_packing(critic: Critic, pad_id: int) -> None:
@@ -185,28 +241,43 @@ def without_critic(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if NAME not in name.split(".")[:-1]}
 
 
-def save_critic(critic: Critic, folder: Path) -> None:
-    """Write the weights of a critic into a folder of its own."""
+def save_critic(critic: Critic, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a critic into a folder of its own: its weights, and what it belongs to.
+
+    Args:
+        tokenizer: the policy's; a hash of its vocabulary is kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # copies: a tied weight is one storage under two names, which safetensors refuses
     state = {k: v.detach().cpu().contiguous().clone() for k, v in critic.state_dict().items()}
     save_file(state, folder / _FILE)
+    if critic.body is not None:
+        critic.body.config.save_pretrained(folder)
+    facts = {
+        "kind": "shared" if critic.body is None else "separate",
+        "width": critic.head.in_features,
+        "vocabulary": _vocabulary(tokenizer),
+    }
+    (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
 
-def load_critic(critic: Critic, folder: Path) -> None:
-    """Read what `save_critic` wrote.
+def load_critic(critic: Critic, folder: Path, name: str = "resume_from_checkpoint") -> None:
+    """Read the weights that `save_critic` wrote.
+
+    Args:
+        name: of the argument that the folder comes from.
 
     Raises:
-        ValueError: there is none, or its weights are those of another critic.
+        ValueError: there are none, or they are those of another critic.
     """
     path = folder / _FILE
     if not path.is_file():
-        fail("resume_from_checkpoint", f"a critic in {folder}", "no such file")
+        fail(name, f"a critic in {folder}", "no such file")
     state, own = load_file(path), critic.state_dict()
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    expected = {name: tuple(value.shape) for name, value in own.items()}
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    expected = {key: tuple(value.shape) for key, value in own.items()}
     if shapes != expected:
         differing = sorted(n for n in shapes | expected if shapes.get(n) != expected.get(n))
         got = ", ".join(f"{n} {shapes.get(n)} for {expected.get(n)}" for n in differing[:3])
-        fail("resume_from_checkpoint", f"the critic of this run in {folder}", got)
+        fail(name, f"the critic of this run in {folder}", got)
     critic.load_state_dict(state)

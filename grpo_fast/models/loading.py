@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -61,6 +62,19 @@ def load_policy(
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     return model.to(loaded.device).eval()
+
+
+def config_of(model: Any, init_kwargs: dict[str, Any] | None) -> Any:
+    """The configuration of a model, or of a name or folder of which no weight is loaded.
+
+    Args:
+        init_kwargs: arguments of `load_policy`, of which those that find the file are looked at.
+    """
+    if not isinstance(model, str):
+        return model.config
+    found_by = ("gguf_file", "revision", "trust_remote_code", "subfolder")
+    given = {name: v for name, v in (init_kwargs or {}).items() if name in found_by}
+    return AutoConfig.from_pretrained(model, **given)
 
 
 def load_processing(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:

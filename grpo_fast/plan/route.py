@@ -10,6 +10,10 @@ rows of which g may have a gradient and a have one:
 
 2NHV less per row of g or a where hidden or the weight needs no gradient.
 
+On the kernels, with a bf16 weight, dlogits of up to 2H rows wait as bf16 where the fp32 dweight
+was, and dweight is one product of them all; of more rows in groups of H (`engine/held.py`). That
+changes no product and no route, but chunks of few rows need no slices of the vocabulary any more.
+
 An accelerator makes the host wait once in a call, for the counts of rows (`rows.flatten`), and
 two passes wait once more, for the rows that have a derivative: how many is known after the first
 pass only, and the second is that much shorter. With max_rows nothing is waited for, and rows
@@ -71,6 +75,13 @@ class Facts:
     """The counts are a capacity: nothing is read back from the device."""
     columns_first: bool
     """Backward goes through the vocabulary a slice at a time (too few rows in a chunk)."""
+    held: int = 0
+    """Rows whose narrow dlogits wait for one product of dweight; `engine.held.held_rows`."""
+
+    @property
+    def one_product(self) -> bool:
+        """dweight is one product, rounded once."""
+        return self.needs_weight and 0 < self.n_gradient <= self.held
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,9 @@ class Plan:
     workspace_bytes: int
     """Logits of one chunk."""
     gradient_bytes: int
-    """fp32 accumulators of the gradients."""
+    """fp32 accumulators of the gradients; a dweight of one product in the type of the weight."""
+    held_bytes: int = 0
+    """dlogits that wait for that product."""
 
     def __str__(self) -> str:
         f = self.facts
@@ -104,9 +117,18 @@ class Plan:
                 f"products     at most {self.nhv:.2f} NHV = {self.flops / 1e12:.3f} TFLOP",
                 f"chunks       {self.n_chunks} of at most {f.chunk_rows} rows",
                 f"workspace    {self.workspace_bytes / 2**20:.1f} MiB of logits",
-                f"gradients    {self.gradient_bytes / 2**20:.1f} MiB in fp32",
+                f"gradients    {self.gradient_bytes / 2**20:.1f} MiB "
+                + ("in fp32" if not f.one_product else "(dweight as the weight)"),
+                *self._held(),
             )
         )
+
+    def _held(self) -> list[str]:
+        f, size = self.facts, self.held_bytes / 2**20
+        if not size:
+            return []
+        of = "all of them" if f.one_product else f"{f.held} rows"
+        return [f"held         {size:.1f} MiB of dlogits: dweight is a product of {of}"]
 
 
 def choose(facts: Facts) -> Plan:
@@ -120,6 +142,8 @@ def choose(facts: Facts) -> Plan:
         "two_passes": 2 * n + (2 + backward) * g * facts.top_share,
     }.get(route, 2 * n + backward * g)
     rows = min(facts.chunk_rows, max(n, 1))
+    # a narrow type has 2 bytes
+    by_weight = 2 if facts.one_product else facts.itemsize
     return Plan(
         route,
         reason,
@@ -128,9 +152,12 @@ def choose(facts: Facts) -> Plan:
         flops=int(cost * (facts.H + facts.rank) * facts.V),
         n_chunks=-(-n // facts.chunk_rows),
         workspace_bytes=rows * facts.V * facts.itemsize,
-        gradient_bytes=facts.itemsize
-        * facts.H
-        * (facts.needs_weight * facts.V + facts.needs_hidden * facts.n_rows),
+        gradient_bytes=facts.H
+        * (
+            by_weight * facts.needs_weight * facts.V
+            + facts.itemsize * facts.needs_hidden * facts.n_rows
+        ),
+        held_bytes=2 * facts.V * facts.held if facts.held > facts.chunk_rows else 0,
     )
 
 

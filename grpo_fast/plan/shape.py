@@ -8,6 +8,7 @@ from dataclasses import fields
 from grpo_fast.checks import fail
 from grpo_fast.config import LossConfig
 from grpo_fast.engine.chunks import COLUMNS_FIRST, chunk_size, round_up
+from grpo_fast.engine.held import held_rows
 from grpo_fast.objective.batch import needs_sequences
 from grpo_fast.plan.route import Facts
 
@@ -38,6 +39,9 @@ def facts_of_shape(asked: argparse.Namespace, H: int, V: int) -> Facts:
     on_policy = not (asked.old_logp or asked.rollout_logp or config.beta > 0)
     trains = not asked.no_grad
     weight = trains and not (asked.frozen_head or asked.lora_rank)
+    waits = weight and asked.dtype == "bf16" and asked.device == "cuda"
+    held = held_rows(active, rows, H) if waits else 0
+    few = rows < COLUMNS_FIRST.get(asked.device, 0) and active > rows
     return Facts(
         n_rows=n,
         n_tokens=n,
@@ -59,7 +63,8 @@ def facts_of_shape(asked: argparse.Namespace, H: int, V: int) -> Facts:
         top_share=config.top_entropy_quantile,
         chunk_rows=rows,
         fixed=False,
-        columns_first=weight and active > rows and rows < COLUMNS_FIRST.get(asked.device, 0),
+        columns_first=weight and few and held == 0,
+        held=held,
     )
 
 

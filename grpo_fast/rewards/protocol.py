@@ -116,8 +116,10 @@ class RewardSet:
         self._warned = False
         self._said: set[str] = set()
 
-    def check_columns(self, columns: Iterable[str]) -> None:
+    def check_columns(self, columns: Iterable[str], complete: bool = True) -> None:
         """Refuse, before any work, a dataset whose columns do not fit the reward functions.
+
+        complete: False where rollouts bring further columns, so that none can be missed yet.
 
         Raises:
             ValueError: for a column with a reserved name, or a parameter that no column offers.
@@ -131,7 +133,7 @@ class RewardSet:
         known = (*RESERVED, *columns, *self._offered)
         for name, signature in zip(self.names, self._signatures, strict=True):
             missing = [key for key in signature.required if key not in known]
-            if missing:
+            if missing and complete:
                 raise ValueError(
                     f"reward function {name!r} needs {missing[0]!r}, which is no dataset column; "
                     f"{nearest(missing[0], columns) if columns else 'it has only prompts.'}"

@@ -85,8 +85,8 @@ def generate(
             setting that this function does not support.
     """
     lm = innermost(model)
-    config = _resolve(generation_config, pad_id, eos_ids)
-    _check(lm, prompts, num_generations, config)
+    config = resolve(generation_config, pad_id, eos_ids)
+    check_prompts(lm, prompts, num_generations, config)
     ids, mask = _left_pad(prompts, lm.device)
     repeated = {
         "input_ids": ids.repeat_interleave(num_generations, 0),
@@ -109,7 +109,7 @@ def generate(
     )
 
 
-def _resolve(config: GenerationConfig, pad_id: int, eos_ids: set[int]) -> GenerationConfig:
+def resolve(config: GenerationConfig, pad_id: int, eos_ids: set[int]) -> GenerationConfig:
     """Return a copy with every unset field off, after refusing what is not supported."""
     config = copy.deepcopy(config)
     for name, value in _SAMPLING_OFF.items() if config.do_sample else ():
@@ -136,9 +136,10 @@ def _resolve(config: GenerationConfig, pad_id: int, eos_ids: set[int]) -> Genera
     return config
 
 
-def _check(
+def check_prompts(
     lm: PreTrainedModel, prompts: list[list[int]], num_generations: int, config: GenerationConfig
 ) -> None:
+    """Refuse prompts that are empty, hold foreign tokens or leave no room in the context."""
     if not prompts:
         fail("prompts", "at least one prompt", "none")
     if num_generations < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -25,6 +25,8 @@ class Rollouts:
             environment's turn) are read and neither trained nor counted. None: it wrote all.
         version: optimizer steps that the weights which sampled had behind them; None: the
             trainer's own count.
+        extras: {name: P * G values} of what an environment found out; rewards get them beside the
+            dataset's columns.
 
     Raises:
         ValueError: lists of unequal lengths.
@@ -36,6 +38,7 @@ class Rollouts:
     logp: list[list[float]] | None = None
     mask: list[list[bool]] | None = None
     version: int | None = None
+    extras: dict[str, list[Any]] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.completion_ids)
@@ -48,6 +51,28 @@ class Rollouts:
                 length = len(self.completion_ids[row])
                 if len(value) != length:
                     fail(f"{name}[{row}]", f"{length} entries, one for each token", len(value))
+        for name, value in (self.extras or {}).items():
+            if not isinstance(value, (list, tuple)) or len(value) != count:
+                got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
+                fail(f"extras[{name!r}]", f"{count} values, one for each completion", got)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion that the policy wrote."""
+        if self.mask is None:
+            return [len(ids) for ids in self.completion_ids]
+        return [sum(map(bool, row)) for row in self.mask]
+
+
+def joined(parts: list[Rollouts]) -> Rollouts:
+    """Several rollouts as one, in order; what one of them does not have, none has."""
+
+    def all_of(name: str) -> list | None:
+        values = [getattr(part, name) for part in parts]
+        return None if any(v is None for v in values) else [x for v in values for x in v]
+
+    names = ("prompt_ids", "completion_ids", "truncated", "logp", "mask")
+    return Rollouts(*(all_of(name) for name in names), version=parts[0].version)
 
 
 @runtime_checkable

@@ -55,6 +55,7 @@ class GRPOConfig(
         "model_init_kwargs",
         "generation_kwargs",
         "chat_template_kwargs",
+        "sampler_kwargs",
     ]
 
     learning_rate: float = _option(1e-6, "Peak learning rate.")
@@ -98,13 +99,14 @@ class GRPOConfig(
             # a policy loss says nothing about the policy: it is 0 at every on-policy step
             self.metric_for_best_model = "reward"
         super().__post_init__()
-        for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+        for name in self._VALID_DICT_FIELDS[len(TrainingArguments._VALID_DICT_FIELDS) :]:
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 fail(name, "a dict or a JSON object", repr(value))
         self._check_integers()
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self.check_sampling()
+        self.check_sampler()
         self.check_rewards()
         self.check_advantages()
         self._check_batches()
@@ -134,6 +136,7 @@ class GRPOConfig(
             "ref_model_sync_steps": 1,
             "num_completions_to_print": 1,
             "workspace_bytes": 1,
+            "sampling_batch_size": 1,
             "top_k": 0,
         }
         for name, low in lowest.items():

@@ -186,7 +186,7 @@ class KLStop:
         self.stopped, self.skipped = state["stopped"], state["skipped"]
 
 
-STOP_KINDS = ("old", "reference")
+POLICIES = ("old", "reference")
 
 
 def option(default: object, text: str) -> Any:
@@ -216,6 +216,17 @@ class KLOptions:
     target_kl_to: str = option(
         "old", "What target_kl is against: the 'old' policy that sampled, or the 'reference'."
     )
+    ratio_to: str = option(
+        "old", "Policy below the importance ratio: the 'old' one that sampled, or the 'reference'."
+    )
+    kl_in_reward: bool = option(
+        False,
+        "beta takes the KL of each completion from its reward, in the place of that in the loss.",
+    )
+    log_kl: bool = option(
+        False,
+        "Log the KL to the reference, at beta 0 too, and the approximate one to the old policy.",
+    )
 
     @property
     def kl_coefficient(self) -> tuple[str, float]:
@@ -225,7 +236,44 @@ class KLOptions:
     @property
     def needs_reference(self) -> bool:
         """Whether there is a reference policy."""
-        return self.beta > 0
+        return self.beta > 0 or self.ratio_to == "reference" or self.log_kl
+
+    @property
+    def logs_approx_kl(self) -> bool:
+        """Whether the approximate KL to the old policy is measured."""
+        return self.target_kl is not None or self.log_kl
+
+    @property
+    def measures_old(self) -> bool:
+        """Whether a window needs the log-probs of the policy that sampled it."""
+        used = not self.on_policy and (self.ratio_to == "old" or self.logs_approx_kl)
+        return used or self.kl_in_reward
+
+    def _check_ratio(self) -> None:
+        if self.ratio_to == "old":
+            return
+        if not self.loss_config().preset.levels:
+            expected = f"'old' with {self.loss_type}, which has no ratio"
+            fail("ratio_to", expected, repr(self.ratio_to))
+        if self.off_policy_mask_threshold is not None:
+            expected = "None with ratio_to='reference', from which every policy moves away"
+            fail("off_policy_mask_threshold", expected, repr(self.off_policy_mask_threshold))
+
+    def _check_kl_in_reward(self) -> None:
+        if not isinstance(self.kl_in_reward, bool):
+            fail("kl_in_reward", "a bool", repr(self.kl_in_reward))
+        if not self.kl_in_reward:
+            return
+        if self.beta == 0:
+            fail("kl_in_reward", "False with beta = 0, which is its coefficient", True)
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            expected = "False with normalize_then_sum, which has no reward of a completion"
+            fail("kl_in_reward", expected, True)
+        for name in ("kl_estimator", "kl_gradient", "use_bias_correction_kl"):
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                expected = f"{default!r} with kl_in_reward, since the loss has no KL"
+                fail(name, expected, repr(getattr(self, name)))
 
     def check_kl(self) -> None:
         """Refuse what cannot be honoured, once the sizes of the window are known.
@@ -235,9 +283,12 @@ class KLOptions:
         """
         options = (self.kl_controller, self.kl_target, self.kl_horizon)
         check_controller(*options, *self.kl_coefficient)
-        if self.target_kl_to not in STOP_KINDS:
-            hint = nearest(self.target_kl_to, STOP_KINDS)
-            fail("target_kl_to", "a known policy", repr(self.target_kl_to), hint)
+        for name in ("target_kl_to", "ratio_to"):
+            value = getattr(self, name)
+            if value not in POLICIES:
+                fail(name, "a known policy", repr(value), nearest(value, POLICIES))
+        self._check_ratio()
+        self._check_kl_in_reward()
         if self.target_kl is None:
             if self.target_kl_to != "old":
                 fail("target_kl_to", "'old' without target_kl", repr(self.target_kl_to))

@@ -26,6 +26,7 @@ from .metrics import MEANS, Metrics
 from .reporting import CompletionLog
 from .resume import ResumableTrainer
 from .sampler import ShardSampler, WindowSampler, check_dataset
+from .samplers import saved_on_failure, together
 from .window import MicroBatch, Window
 
 Example = dict[str, Any]
@@ -73,7 +74,7 @@ class RolloutTrainer(ResumableTrainer):
     @property
     def token_means(self) -> tuple[str, ...]:
         """Means over tokens that `loss` returns and that are logged."""
-        return (*MEANS, *(("approx_kl",) if self.args.target_kl is not None else ()))
+        return (*MEANS, *(("approx_kl",) if self.args.logs_approx_kl else ()))
 
     def _control_kl(self) -> None:
         args, stopped = self.args, self.args.target_kl is not None
@@ -149,10 +150,11 @@ class RolloutTrainer(ResumableTrainer):
         micro_batches, synced = [], False
         for examples in drawn:
             if self.window.spent:
-                if not synced:
-                    self.sampler.sync(self.model)
-                synced = True
-                fresh = self.rollout(examples, self.args.num_generations, self.metrics)
+                with saved_on_failure(self, at_boundary=not micro_batches):
+                    if not synced:
+                        together(self.accelerator, lambda: self.sampler.sync(self.model))
+                    synced = True
+                    fresh = self.rollout(examples, self.args.num_generations, self.metrics)
                 self.window.fill(self.prepare(fresh))
                 if self.kl_stop is not None:
                     self.kl_stop.new_window()
@@ -205,7 +207,8 @@ class RolloutTrainer(ResumableTrainer):
 
     def current_loss_config(self) -> LossConfig:
         """The loss of this step: with the coefficient of a controller that moves beta."""
-        if self.args.kl_controller == "fixed" or self.args.kl_coefficient[0] != "beta":
+        in_loss = self.args.kl_coefficient[0] == "beta" and not self.args.kl_in_reward
+        if self.args.kl_controller == "fixed" or not in_loss:
             return self.loss_config
         return replace(self.loss_config, beta=self.kl.coefficient)
 
@@ -227,8 +230,11 @@ class RolloutTrainer(ResumableTrainer):
     def learn_kl(self, sums: dict[str, float] | None) -> None:
         """Tell the controller of the KL to the reference of the coming step, and log what it uses.
 
-        The coefficient that the step was made with is logged; the next one has the new one.
+        The coefficient that the step was made with is logged; the next one has the new one. With
+        kl_in_reward it has learned of the window already.
         """
+        if self.args.kl_in_reward:
+            return
         self.metrics.add("kl_coef", self.kl.coefficient)
         if sums and sums["completions"]:
             self.kl.update(sums["reference"] / sums["completions"], int(sums["completions"]))
@@ -259,7 +265,7 @@ class RolloutTrainer(ResumableTrainer):
         metrics = Metrics(self.args.device, self.token_means)
         groups = self.args.num_generations_eval
         self.callback_handler.eval_dataloader = dataloader
-        self.sampler.sync(self.model)
+        together(self.accelerator, lambda: self.sampler.sync(self.model))
         with generators_kept(), evaluating(self.model):
             for drawn in dataloader:
                 examples = [example for example in drawn for _ in range(groups)]

@@ -82,4 +82,7 @@ class LossOptions:
     def loss_config(self) -> LossConfig:
         """The loss these arguments describe; `LossConfig` owns its defaults and its checks."""
         shared = [f.name for f in fields(LossConfig) if f.name in type(self).__dataclass_fields__]
-        return LossConfig(**{name: getattr(self, name) for name in shared})
+        given = {name: getattr(self, name) for name in shared}
+        if self.kl_in_reward is True:
+            given["beta"] = 0.0
+        return LossConfig(**given)

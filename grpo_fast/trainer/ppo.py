@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,33 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_fast.advantages import (
-    explained_variance,
-    gae,
-    length_lam,
-    token_kl,
-    token_rewards,
-    whiten,
-)
+from grpo_fast.advantages import whiten
 from grpo_fast.checks import fail
+from grpo_fast.config import LossConfig
 from grpo_fast.engine.logprob import linear_logprob
 from grpo_fast.models.critic import (
     NAME,
     add_critic,
+    check_source,
     load_critic,
     save_critic,
     separate_critic,
     shared_critic,
+    width_of,
     without_critic,
 )
 from grpo_fast.models.head import evaluating
-from grpo_fast.objective.value import value_loss
-from grpo_fast.objective.weights import token_weights
+from grpo_fast.models.loading import config_of
+from grpo_fast.models.packing import PackedBatch, pack
 from grpo_fast.rewards import weighted
 from grpo_fast.rollout.rollouts import Rollouts
 
+from .epochs import DealtBatch, DealtWindow
+from .estimates import critic_report, estimate, value_term, window_kl
 from .grpo import GRPOTrainer
 from .ppo_config import PPOConfig
+from .reporting import CURVES
 from .resume import ResumableTrainer
 from .setup import disable_dropout
 from .window import MicroBatch
@@ -60,6 +60,19 @@ _FINGERPRINTED = (
     "huber_delta",
     "vf_coef",
     "value_warmup_steps",
+    "reshuffle",
+    "penalty_coef",
+)
+# further panels of curves.png
+_CURVES = (
+    ("value_loss", "value loss"),
+    ("explained_variance", "explained variance of the returns"),
+    ("returns_variance", "variance of the returns"),
+    ("clip_ratio/region_mean", "share of tokens that the clip stops"),
+    ("approx_kl", "approximate KL to the old policy (nats per token)"),
+    ("kl_coef", "coefficient of the KL"),
+    ("kl_per_completion", "KL to the reference (nats per completion)"),
+    ("skipped_steps", "steps that target_kl has dropped"),
 )
 
 
@@ -92,6 +105,8 @@ class PPOTrainer(GRPOTrainer):
     """
 
     fingerprinted = (*ResumableTrainer.fingerprinted, *_FINGERPRINTED)
+    curves = (*CURVES, *_CURVES)
+    micro_batch = DealtBatch
     args: PPOConfig
 
     def __init__(
@@ -123,13 +138,29 @@ class PPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             **named,
         )
+        if args.deals:
+            seed = f"{args.seed}:{self.accelerator.process_index}"
+            kept = self.window
+            self.window = DealtWindow(
+                kept.kind, kept.size, kept.uses, kept.device, pack=self.pack, seed=seed
+            )
+            self.stateful["window"] = self.window
+
+    def check_sources(self, model: Any, tokenizer: Any, args: PPOConfig) -> None:
+        """Refuse a critic of another tokenizer, kind or width before anything is loaded."""
+        if args.critic_model is None:
+            return
+        width = None
+        if args.critic == "shared":
+            width = width_of(config_of(model, args.model_init_kwargs))
+        check_source(args.critic_model, tokenizer, args.critic, width)
 
     def _prepare_policy(self) -> None:
         # the reference is copied here, so that it holds no critic
         super()._prepare_policy()
         args = self.args
         if args.critic == "shared":
-            critic = shared_critic(self.model, args.value_detach)
+            critic = shared_critic(self.model, args.value_detach, args.critic_model)
         else:
             critic = separate_critic(self.model, args.critic_model, self.processing_class)
         if args.disable_dropout:
@@ -140,6 +171,8 @@ class PPOTrainer(GRPOTrainer):
     def token_means(self) -> tuple[str, ...]:
         """Means over tokens that `loss` returns and that are logged."""
         means = (*super().token_means, "approx_kl", "value_loss", "value_clip_ratio")
+        if self.args.penalty_coef > 0:
+            means = (*means, "kl_to_old")
         return tuple(dict.fromkeys(means))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -168,7 +201,23 @@ class PPOTrainer(GRPOTrainer):
         if self.args.missing_eos_penalty is not None:
             cut = torch.tensor(rollouts.truncated, dtype=advantages.dtype)
             advantages = advantages - self.args.missing_eos_penalty * cut
-        return super().batch(rollouts, advantages, evaluate)
+        micro_batches = super().batch(rollouts, advantages, evaluate)
+        if self.args.deals and not evaluate:
+            prompts = iter(rollouts.prompt_ids)
+            for micro in micro_batches:
+                count = micro.packed.cu_seqlens.numel() - 1
+                micro.prompts = list(itertools.islice(prompts, count))
+        return micro_batches
+
+    def pack(self, prompts: list[list[int]], completions: list[list[int]]) -> PackedBatch:
+        """A micro-batch of an epoch, packed anew."""
+        return pack(
+            prompts,
+            completions,
+            pad_id=self.processing_class.pad_token_id,
+            row_length=self.row_length,
+            device=self.args.device,
+        )
 
     @torch.no_grad()
     def measure(self, micro: MicroBatch, old: bool) -> None:
@@ -195,60 +244,30 @@ class PPOTrainer(GRPOTrainer):
         total: Callable[[Tensor], Tensor] = _alone
         if not evaluate:
             total = lambda value: self.accelerator.reduce(value, "sum")  # noqa: E731
-        done = [self._estimate(micro) for micro in micro_batches]
-        masks = [micro.mask for micro in done]
+        # a controller moves the coefficient of the penalty where there is one
+        coefficient = self.args.kl_coef if self.args.penalty_coef > 0 else self.kl.coefficient
+        done = [estimate(micro, self.args, coefficient) for micro in micro_batches]
         if done and self.args.whiten_advantages:
+            masks = [micro.mask for micro in done]
             white = whiten([micro.advantages for micro in done], masks, total=total)
             done = [replace(m, advantages=a) for m, a in zip(done, white, strict=True)]
         if done:
-            self._report(done, masks, total, evaluate)
+            self._report(done, total, evaluate)
         return done
 
-    def _estimate(self, micro: MicroBatch) -> MicroBatch:
-        args, bounds, scores = self.args, micro.packed.cu_seqlens, micro.advantages
-        mask, judged = micro.mask, ~scores.isnan()
-        if not judged.all():
-            # what could not be judged teaches nothing, neither policy nor critic
-            of_tokens = judged.repeat_interleave(bounds.diff())
-            mask = of_tokens if mask is None else mask & of_tokens
-            scores = torch.where(judged, scores, torch.zeros_like(scores))
-        coefficient = self.kl.coefficient
-        kl = None
-        if coefficient and micro.ref_logp is not None:
-            kl = token_kl(micro.old_logp, micro.ref_logp, args.kl_reward_estimator)
-        rewards = token_rewards(scores, bounds, kl=kl, kl_coef=coefficient, mask=mask)
-        alpha = args.lam_length_alpha
-        lam = args.lam if alpha is None else length_lam(bounds, alpha, mask)
-        given = {"gamma": args.gamma, "mask": mask}
-        advantages, returns = gae(rewards, micro.values, bounds, lam=lam, **given)
-        if args.value_lam is not None:
-            _, returns = gae(rewards, micro.values, bounds, lam=args.value_lam, **given)
-        return replace(micro, advantages=advantages, returns=returns, mask=mask)
-
     def _report(
-        self,
-        done: list[MicroBatch],
-        masks: list[Tensor | None],
-        total: Callable[[Tensor], Tensor],
-        evaluate: bool,
+        self, done: list[MicroBatch], total: Callable[[Tensor], Tensor], evaluate: bool
     ) -> None:
         """Log how good the critic is and how far the policy has gone; teach the controller."""
         metrics = self._metrics_in_use
-        returns, values = [m.returns for m in done], [m.values for m in done]
-        share, variance = explained_variance(returns, values, masks, total=total)
-        metrics.add("explained_variance", share.item())
-        metrics.add("returns_variance", variance.item())
+        for name, value in critic_report(done, total)._asdict().items():
+            metrics.add(name, value)
         if self.reference is None:
             return
-        gaps = [m.old_logp - m.ref_logp for m in done]
-        pairs = zip(gaps, masks, strict=True)
-        kept = [g if k is None else torch.where(k, g, torch.zeros_like(g)) for g, k in pairs]
-        count = sum(m.packed.cu_seqlens.numel() - 1 for m in done)
-        sums = torch.stack((sum(k.sum() for k in kept), kept[0].new_tensor(float(count))))
-        kl, completions = total(sums).tolist()
-        kl /= max(completions, 1.0)
+        kl, completions = window_kl(done, total)
         metrics.add("kl_per_completion", kl)
-        metrics.add("kl_coef", self.kl.coefficient)
+        if self.args.penalty_coef == 0:
+            metrics.add("kl_coef", self.kl.coefficient)
         if evaluate:
             return
         if kl < -0.1:
@@ -258,10 +277,31 @@ class PPOTrainer(GRPOTrainer):
                 "policy; it comes from a sampler that is not the policy (top_k, top_p, penalties).",
                 kl,
             )
-        self.kl.update(kl, int(completions))
+        if self.args.penalty_coef == 0:
+            self.kl.update(kl, completions)
 
     def learn_kl(self, sums: dict[str, float] | None) -> None:
-        """Nothing before a step: the controller learns of each window in `prepare`."""
+        """With a penalty, tell the controller of the KL to the old policy that the last step of a
+        window starts from; else it has learned of the window in `prepare`."""
+        last = self.window.spent or (self.kl_stop is not None and self.kl_stop.stopped)
+        if self.args.penalty_coef > 0 and last and sums and sums["completions"]:
+            self.kl.update(sums["old"] / sums["completions"], int(sums["completions"]))
+
+    def current_loss_config(self) -> LossConfig:
+        """The loss of this step: with the coefficient of a controller that moves the penalty."""
+        if self.args.kl_controller == "fixed" or self.args.penalty_coef == 0:
+            return self.loss_config
+        return replace(self.loss_config, beta=self.kl.coefficient)
+
+    def policy_loss(
+        self, hidden: Tensor, head: Any, micro: MicroBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the policy; its KL is that to the old policy where there is a penalty."""
+        if self.args.penalty_coef == 0:
+            return super().policy_loss(hidden, head, micro)
+        loss, metrics = super().policy_loss(hidden, head, replace(micro, ref_logp=micro.old_logp))
+        metrics["kl_to_old"] = metrics.pop("kl")
+        return loss, metrics
 
     def loss(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Stage 6: actor + vf_coef * value in one packed forward; the critic alone in warm-up.
@@ -274,37 +314,13 @@ class PPOTrainer(GRPOTrainer):
         def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
             rows = packed.select(hidden)
             actor, metrics = self.policy_loss(rows, head, micro)
-            value, own = self._value(self.critic(packed, rows), micro)
+            value, own = value_term(self.critic(packed, rows), micro, self.args, self.loss_config)
             if self.warming_up:
                 # a gradient of 0 for every parameter, which DDP waits for
                 actor = 0.0 * actor
             return actor + self.args.vf_coef * value, {**metrics, **own}
 
         return model(**packed.inputs(), head_fn=head_fn)
-
-    def _value(self, values: Tensor, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted value loss, with a graph to the values, and its means over tokens."""
-        args, mask = self.args, micro.mask
-        mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-        each, slope, binds = value_loss(
-            values.detach(),
-            micro.returns,
-            micro.values,
-            kind=args.value_loss,
-            cliprange=args.cliprange_value,
-            delta=args.huber_delta,
-        )
-        bounds = micro.packed.cu_seqlens
-        weight = token_weights(self.loss_config, mask, bounds, micro.denominator)
-        # the difference is 0, and its derivative the slope
-        graph = each + slope * (values - values.detach())
-        loss = (weight * torch.where(mask, graph, torch.zeros_like(graph))).sum()
-        count = mask.sum().clamp(min=1)
-        means = {"value_loss": each, "value_clip_ratio": binds.float()}
-        means = {
-            n: torch.where(mask, v, torch.zeros_like(v)).sum() / count for n, v in means.items()
-        }
-        return loss, means
 
     @property
     def warming_up(self) -> bool:
@@ -314,6 +330,9 @@ class PPOTrainer(GRPOTrainer):
     def before_step(self) -> None:
         """Judge the KL; in the warm-up also take every gradient from the policy, so that neither
         weight decay nor the value's gradient moves it."""
+        if self.args.penalty_coef > 0:
+            # what this step was made with
+            self.metrics.add("kl_coef", self.kl.coefficient)
         super().before_step()
         if self.warming_up:
             of_critic = {id(p) for p in self.critic.parameters()}
@@ -324,6 +343,9 @@ class PPOTrainer(GRPOTrainer):
     def named(self, values: dict[str, float], evaluate: bool = False) -> dict[str, float]:
         """TRL's names for the metrics; without groups none of theirs."""
         named = super().named(values, evaluate)
+        if self.args.penalty_coef > 0:
+            # the loss knows the KL to the old policy alone
+            named.pop("kl", None)
         groups = self.args.num_generations_eval if evaluate else self.args.num_generations
         if groups == 1:
             named = {
@@ -337,7 +359,7 @@ class PPOTrainer(GRPOTrainer):
         super()._save(output_dir, without_critic(state))
         if self.args.should_save:
             folder = self.args.output_dir if output_dir is None else output_dir
-            save_critic(self.critic, Path(folder) / NAME)
+            save_critic(self.critic, Path(folder) / NAME, self.processing_class)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)

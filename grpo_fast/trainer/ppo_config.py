@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from grpo_fast.advantages import KL_IN_REWARD
 from grpo_fast.checks import fail, is_number, nearest
-from grpo_fast.models.critic import CRITICS
+from grpo_fast.config import LossConfig
+from grpo_fast.models.critic import CRITICS, is_saved_critic
 from grpo_fast.objective.value import VALUE_LOSSES, check_value_loss
 
 from .config import GRPOConfig
 from .kl import option as _option
 
+# above every ratio that there is: the log of one is bounded by 20 nats
+_UNBOUNDED = 1e9
 # options of GRPOConfig that make advantages of a group
 _OF_GROUPS = (
     "advantage_estimator",
@@ -41,6 +44,12 @@ class PPOConfig(GRPOConfig):
 
     num_generations: int = _option(1, "Completions per prompt. At least 1.")
     num_iterations: int = _option(4, "How often each window of completions is used: the epochs.")
+    reshuffle: bool = _option(
+        True, "Deal the completions of a window onto other micro-batches in each of its epochs."
+    )
+    penalty_coef: float = _option(
+        0.0, "KL to the old policy in the loss, in the place of the clip; kl_controller moves it."
+    )
 
     # advantages
     gamma: float = _option(1.0, "Discount of a token; 0.99 is a horizon of 100 tokens.")
@@ -74,7 +83,9 @@ class PPOConfig(GRPOConfig):
         False, "shared: keep the gradient of the values out of the policy's backbone."
     )
     critic_model: str | None = _option(
-        None, "separate: a checkpoint, of a reward model too; default: a copy of the policy."
+        None,
+        "The critic/ folder of a run, to start from. separate: also a checkpoint, of a reward "
+        "model too; default: a copy of the policy.",
     )
     value_loss: str = _option("mse", f"One of {', '.join(VALUE_LOSSES)}; the half is in both.")
     cliprange_value: float | None = _option(
@@ -91,18 +102,37 @@ class PPOConfig(GRPOConfig):
         super().__post_init__()
         self._check_groups()
         self._check_loss_type()
+        self._check_penalty()
         self._check_returns()
         self._check_critic()
 
     @property
     def kl_coefficient(self) -> tuple[str, float]:
         """Name and value of the option that the controller starts from."""
-        return "kl_coef", self.kl_coef
+        name = "penalty_coef" if self._penalised else "kl_coef"
+        return name, getattr(self, name)
+
+    @property
+    def _penalised(self) -> bool:
+        # checked later than it is asked for
+        return is_number(self.penalty_coef) and 0 < self.penalty_coef < math.inf
 
     @property
     def needs_reference(self) -> bool:
         """Whether there is a reference policy."""
-        return self.beta > 0 or self.kl_coef > 0
+        return super().needs_reference or self.kl_coef > 0
+
+    @property
+    def deals(self) -> bool:
+        """Whether the completions of a window are dealt anew in its epochs."""
+        return self.reshuffle and self.num_iterations > 1 and self.steps_per_generation > 1
+
+    def loss_config(self) -> LossConfig:
+        """The loss of the policy; with a penalty, its KL term is that, and its clip binds never."""
+        config = super().loss_config()
+        if not self._penalised:
+            return config
+        return replace(config, beta=self.penalty_coef, epsilon=1.0, epsilon_high=_UNBOUNDED)
 
     def _number(self, name: str, low: float, high: float = math.inf, zero: bool = True) -> None:
         value = getattr(self, name)
@@ -119,6 +149,7 @@ class PPOConfig(GRPOConfig):
     def _check_groups(self) -> None:
         for name in _OF_GROUPS:
             self._unused(name, "with PPO, whose advantages come from its critic")
+        self._unused("kl_in_reward", "with PPO, where kl_coef is that of the reward")
         reason = "with PPO, whose advantages are those of tokens"
         self._unused("off_policy_mask_threshold", reason)
 
@@ -135,6 +166,30 @@ class PPOConfig(GRPOConfig):
             )
             expected = "the ratio of a token with PPO, whose advantages are those of tokens"
             fail(name, expected, f"{getattr(self, name)!r} ({config.level})")
+
+    def _check_penalty(self) -> None:
+        self._number("penalty_coef", 0)
+        if not isinstance(self.reshuffle, bool):
+            fail("reshuffle", "a bool", repr(self.reshuffle))
+        if not self._penalised:
+            return
+        reason = "with penalty_coef, which takes the place of the clip"
+        for name in ("epsilon", "epsilon_high", "delta"):
+            self._unused(name, reason)
+        preset = self.loss_config().preset
+        if preset.objective != "clip" or preset.cap < math.inf:
+            fail("loss_type", f"'dapo' or another clip of the ratio alone {reason}", self.loss_type)
+        self._unused("beta", "with penalty_coef, since the loss has one KL term; see kl_coef")
+        self._unused("ratio_to", "with penalty_coef, whose KL is to the old policy")
+        if self.target_kl is not None:
+            self._unused("target_kl_to", "with penalty_coef, whose loss has no KL to the reference")
+        steps = self.gradient_accumulation_steps
+        if self.on_policy or self.window_uses % steps:
+            expected = (
+                "0 where an optimizer step does not end within a window: the window serves "
+                f"{self.window_uses} micro-steps and a step takes {steps}"
+            )
+            fail("penalty_coef", expected, repr(self.penalty_coef))
 
     def _check_returns(self) -> None:
         for name in ("gamma", "lam"):
@@ -157,7 +212,9 @@ class PPOConfig(GRPOConfig):
         if self.critic not in CRITICS:
             fail("critic", "a known kind", repr(self.critic), nearest(self.critic, CRITICS))
         if self.critic == "shared":
-            self._unused("critic_model", "with critic='shared'")
+            if self.critic_model is not None and not is_saved_critic(self.critic_model):
+                expected = "None, or the folder of a saved critic, with critic='shared'"
+                fail("critic_model", expected, repr(self.critic_model))
         else:
             self._unused("value_detach", "with critic='separate'")
         names = ("value_loss", "cliprange_value", "huber_delta")

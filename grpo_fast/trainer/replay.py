@@ -24,7 +24,7 @@ from grpo_fast.rollout.rollouts import Rollouts
 from .window import MicroBatch
 
 if TYPE_CHECKING:
-    from .grpo import GRPOTrainer
+    from .scored import ScoredTrainer
 
 
 @dataclass
@@ -48,6 +48,11 @@ class Group:
     rollout_logp: Tensor | None
     mask: Tensor | None
     window: int
+
+    def to(self, device: torch.device | str) -> Group:
+        """The same group on another device."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Group(**moved)
 
 
 class GroupReplay:
@@ -96,7 +101,7 @@ class GroupReplay:
 
 
 def mix(
-    trainer: GRPOTrainer,
+    trainer: ScoredTrainer,
     replay: GroupReplay,
     micro_batches: list[MicroBatch],
     rollouts: Rollouts,
@@ -132,17 +137,10 @@ def _groups(micros: list[MicroBatch], rollouts: Rollouts, size: int, window: int
     """The groups of a window that carry a gradient."""
     advantages = torch.cat([micro.advantages for micro in micros]).cpu()
     columns = {
-        "old_logp": _joined([micro.old_logp for micro in micros]),
-        "rollout_logp": _joined([micro.rollout_logp for micro in micros]),
+        "old_logp": torch.cat([micro.old_logp for micro in micros]).cpu(),
+        "rollout_logp": _joined(micros, "rollout_logp", lambda logp: logp),
+        "mask": _joined(micros, "mask", _all),
     }
-    masks = [micro.mask for micro in micros]
-    if any(mask is not None for mask in masks):
-        # one whose completions all count has none
-        pairs = zip(masks, micros, strict=True)
-        masks = [
-            torch.ones_like(m.packed.ids, dtype=torch.bool) if k is None else k for k, m in pairs
-        ]
-    columns["mask"] = _joined(masks)
     lengths = torch.tensor([0, *map(len, rollouts.completion_ids)]).cumsum(0).tolist()
     groups = []
     for start in range(0, len(rollouts.completion_ids), size):
@@ -165,15 +163,21 @@ def _groups(micros: list[MicroBatch], rollouts: Rollouts, size: int, window: int
     return groups
 
 
-def _joined(columns: list[Tensor | None]) -> Tensor | None:
-    """(N,) of a whole window on the CPU."""
-    if any(column is None for column in columns):
+def _all(logp: Tensor) -> Tensor:
+    return torch.ones_like(logp, dtype=torch.bool)
+
+
+def _joined(micros: list[MicroBatch], name: str, known: Any) -> Tensor | None:
+    """(N,) of a whole window on the CPU, by `known` where one micro-batch says nothing."""
+    columns = [getattr(micro, name) for micro in micros]
+    if all(column is None for column in columns):
         return None
-    return torch.cat(columns).cpu()
+    pairs = zip(columns, micros, strict=True)
+    return torch.cat([known(m.old_logp) if c is None else c for c, m in pairs]).cpu()
 
 
 def _with(
-    trainer: GRPOTrainer, micro: MicroBatch, rollouts: Rollouts, part: slice, older: list[Group]
+    trainer: ScoredTrainer, micro: MicroBatch, rollouts: Rollouts, part: slice, older: list[Group]
 ) -> MicroBatch:
     """One micro-batch with older groups behind its own sequences."""
     device = trainer.args.device
@@ -191,19 +195,15 @@ def _with(
     )
     alone = pack(prompts, completions, **options)
 
-    def behind(own: Tensor | None, name: str, fill: Tensor) -> Tensor | None:
-        theirs = [getattr(group, name) for group in older]
+    def behind(own: Tensor | None, theirs: list[Tensor | None], known: Any) -> Tensor | None:
+        """Own and older tokens, by `known` where one of them says nothing."""
         if own is None and all(value is None for value in theirs):
             return None
-        tokens = [sum(map(len, group.completions)) for group in older]
-        theirs = [
-            fill.expand(n) if value is None else value.to(device)
-            for value, n in zip(theirs, tokens, strict=True)
-        ]
-        own = fill.expand(len(micro.packed.ids)) if own is None else own
-        return torch.cat([own, *theirs])
+        own = known(micro.old_logp) if own is None else own
+        pairs = zip(theirs, older, strict=True)
+        return torch.cat([own, *(known(g.logp) if v is None else v for v, g in pairs)])
 
-    true = torch.ones((), dtype=torch.bool, device=device)
+    older = [group.to(device) for group in older]
     reference = None
     if micro.ref_logp is not None:
         theirs = trainer.reference.logprobs(lambda model: trainer._logprobs(model, alone))
@@ -211,9 +211,14 @@ def _with(
     return replace(
         micro,
         packed=packed,
-        advantages=torch.cat([micro.advantages, *(g.advantages.to(device) for g in older)]),
-        mask=behind(micro.mask, "mask", true),
-        old_logp=torch.cat([micro.old_logp, *(group.logp.to(device) for group in older)]),
+        advantages=torch.cat([micro.advantages, *(group.advantages for group in older)]),
+        mask=behind(micro.mask, [group.mask for group in older], _all),
+        old_logp=torch.cat([micro.old_logp, *(group.logp for group in older)]),
         ref_logp=reference,
-        rollout_logp=behind(micro.rollout_logp, "rollout_logp", true.float()),
+        rollout_logp=behind(
+            # where the sampler agreed, its log-probs are the old ones
+            micro.rollout_logp,
+            [group.rollout_logp for group in older],
+            lambda logp: logp,
+        ),
     )

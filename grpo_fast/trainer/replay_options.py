@@ -38,6 +38,9 @@ class ReplayOptions:
         if self.fewest_generations < 2:
             hint = "a critic's advantages are those of its own time"
             fail("replay_share", "0 without groups", self.replay_share, hint)
+        if self.kl_in_reward:
+            hint = "the KL of older groups is that of another policy"
+            fail("replay_share", "0 with kl_in_reward", self.replay_share, hint)
         own = self.per_device_train_batch_size * self.steps_per_generation
         if own % self.num_generations:
             expected = f"a divisor of a rank's {own} completions of a window, with replay_share"

@@ -185,10 +185,14 @@ CURVES = (
 
 
 class Curves(TrainerCallback):
-    """output_dir/curves.png: reward, completion length, KL, entropy; drawn at saves and the end."""
+    """output_dir/curves.png: one panel for each row, drawn at saves and the end.
 
-    def __init__(self, output_dir: str) -> None:
-        self.path = Path(output_dir) / "curves.png"
+    Args:
+        rows: (metric, title) for each panel.
+    """
+
+    def __init__(self, output_dir: str, rows: tuple[tuple[str, str], ...] = CURVES) -> None:
+        self.path, self.rows = Path(output_dir) / "curves.png", rows
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """Redraw."""
@@ -203,10 +207,15 @@ class Curves(TrainerCallback):
             return
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(10, 7))
+        high = -(-len(self.rows) // 2)
+        figure = Figure(figsize=(10, 3.5 * high))
         # fixed margins: a computed layout doubles the time of drawing
-        figure.subplots_adjust(0.07, 0.07, 0.98, 0.95, wspace=0.2, hspace=0.3)
-        for axes, (key, title) in zip(figure.subplots(2, 2).flat, CURVES, strict=True):
+        edge = 0.14 / high
+        figure.subplots_adjust(0.07, edge, 0.98, 1 - 0.7 * edge, wspace=0.2, hspace=0.3)
+        panels = list(figure.subplots(high, 2).flat)
+        for axes in panels[len(self.rows) :]:
+            axes.set_axis_off()
+        for axes, (key, title) in zip(panels, self.rows, strict=False):
             for prefix, style in (("", "-"), ("eval_", "o--")):
                 name = prefix + key
                 points = [(r["step"], r[name]) for r in state.log_history if name in r]

@@ -18,6 +18,7 @@ from . import checkpoint
 from .checkpoint import Stateful
 from .config import GRPOConfig
 from .folder import run_folder
+from .stopping import Stopping
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ class ResumableTrainer(Trainer):
         "replay_share",
         "replay_discount",
         "replay_size",
+        "ratio_to",
+        "log_kl",
         "disable_dropout",
         "shuffle_dataset",
         "seed",
@@ -118,12 +121,17 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.counters = Counters()
         self.stateful: dict[str, Stateful] = {"counters": self.counters}
+        self.stopping = Stopping(self)
+        self.add_callback(self.stopping)
         self._reset_run()
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to be continued."""
         loss = {f"loss.{k}": v for k, v in asdict(self.loss_config).items()}
         settings = {name: getattr(self.args, name) for name in self.fingerprinted}
+        if self.args.kl_in_reward:
+            # the beta of the loss is 0 then
+            settings["kl_in_reward"] = self.args.beta
         return {
             **settings,
             **loss,
@@ -156,6 +164,9 @@ class ResumableTrainer(Trainer):
         """Train; True resumes the newest complete checkpoint of the output folder, None asks
         `args.resume_from_checkpoint`. A finished run is loaded, and nothing else happens.
 
+        SIGTERM and Ctrl-C end the run after the step that is under way, with a checkpoint of it;
+        `stopping.stopped` is then the signal. A second one ends it at once.
+
         Raises:
             ValueError: there is no training data; the checkpoint is incomplete, damaged or comes
                 from another configuration; another process trains in the output folder.
@@ -166,16 +177,18 @@ class ResumableTrainer(Trainer):
             resume_from_checkpoint = self.args.resume_from_checkpoint
             resume_from_checkpoint = _TRUTHS.get(resume_from_checkpoint, resume_from_checkpoint)
         self._reset_run()
-        with run_folder(self.args.output_dir, self.is_world_process_zero()) as own:
-            if not resume_from_checkpoint:
+        main = self.is_world_process_zero()
+        with run_folder(self.args.output_dir, main) as own, self.stopping.listening():
+            folder = None
+            if resume_from_checkpoint:
+                folder = self._checkpoint_of(resume_from_checkpoint)
+            if folder is None or folder.resolve().parent != Path(self.args.output_dir).resolve():
                 own.set_aside()
-                return super().train(None, *args, **kwargs)
-            folder = self._checkpoint_of(resume_from_checkpoint)
-            if folder.resolve().parent != Path(self.args.output_dir).resolve():
-                own.set_aside()
-            done = self._finished(folder)
+            done = None if folder is None else self._finished(folder)
             if done is None:
-                done = super().train(str(folder), *args, **kwargs)
+                done = super().train(folder and str(folder), *args, **kwargs)
+                if self.stopping.stopped is not None and main:
+                    logger.warning(self.stopping.sentence())
             return done
 
     def _checkpoint_of(self, choice: str | bool) -> Path:

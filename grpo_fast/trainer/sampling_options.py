@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from grpo_fast.checks import fail
+from grpo_fast.checks import fail, is_number
 from grpo_fast.config import LossConfig
 
 from .kl import option as _option
+
+SAMPLERS = ("hf", "continuous", "vllm", "sglang")
 
 
 @dataclass
@@ -36,6 +38,55 @@ class SamplingOptions:
     generation_kwargs: dict | str | None = _option(
         None, "Further fields of GenerationConfig (dict or JSON)."
     )
+
+    sampler: str = _option(
+        "hf",
+        "Where completions come from: hf (generate), continuous (transformers' continuous "
+        "batching), or a server that runs already: vllm, sglang.",
+    )
+    sampler_url: str | None = _option(None, "Address of that server, such as http://host:8000.")
+    sampler_kwargs: dict | str | None = _option(
+        None,
+        "Further settings (dict or JSON): of ContinuousBatchingConfig, or timeout, patience and "
+        "concurrency of the requests to a server.",
+    )
+    sampler_weights_dir: str | None = _option(
+        None,
+        "Folder through which a server gets the weights of each step; default: in output_dir.",
+    )
+    sampling_batch_size: int | None = _option(
+        None, "Completions that one process samples at once at most; default: all of its window."
+    )
+    sampler_tolerance: float = _option(
+        0.05, "Mean nats per token between sampler and trainer above which an alarm is given."
+    )
+    old_logp_source: str = _option(
+        "trainer",
+        "Who says the old log-probs: trainer, or sampler where its own agree with the trainer's.",
+    )
+
+    def check_sampler(self) -> None:
+        """Refuse samplers that are unknown, and what the chosen one has no use for."""
+        if self.sampler not in SAMPLERS:
+            hint = "assign any object with sample and sync to trainer.sampler for another one."
+            fail("sampler", f"one of {', '.join(SAMPLERS)}", repr(self.sampler), hint)
+        server = self.sampler in ("vllm", "sglang")
+        for name in ("sampler_url", "sampler_weights_dir"):
+            if not server and getattr(self, name) is not None:
+                expected = f"None with sampler={self.sampler!r}, which is no server"
+                fail(name, expected, repr(getattr(self, name)))
+        if server and not self.sampler_url:
+            fail("sampler_url", f"the address of the {self.sampler} server", repr(self.sampler_url))
+        if self.sampler == "hf" and self.sampler_kwargs:
+            expected = "None with sampler='hf', which takes generation_kwargs"
+            fail("sampler_kwargs", expected, self.sampler_kwargs)
+        if self.old_logp_source not in ("trainer", "sampler"):
+            fail("old_logp_source", "'trainer' or 'sampler'", repr(self.old_logp_source))
+        if self.sampler != "hf" and self.sampling_batch_size is not None:
+            expected = f"None with sampler={self.sampler!r}, which schedules by itself"
+            fail("sampling_batch_size", expected, self.sampling_batch_size)
+        if not is_number(self.sampler_tolerance) or not self.sampler_tolerance > 0:
+            fail("sampler_tolerance", "nats per token > 0", repr(self.sampler_tolerance))
 
     def check_sampling(self) -> None:
         """Refuse numbers out of range and what other fields own."""

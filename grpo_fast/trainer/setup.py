@@ -171,9 +171,13 @@ def prompt_room(model: nn.Module, args: GRPOConfig) -> int | None:
 
 
 def rewards_of(
-    reward_funcs: Any, processing_classes: Any, args: GRPOConfig, datasets: dict[str, Any]
+    reward_funcs: Any,
+    processing_classes: Any,
+    args: GRPOConfig,
+    datasets: dict[str, Any],
+    complete: bool = True,
 ) -> RewardSet:
-    """The rewards of a run, whose columns every dataset has."""
+    """The rewards of a run, whose columns every dataset has; complete: as in `check_columns`."""
     init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "gguf_file"}
     rewards = RewardSet(
         reward_funcs,
@@ -186,7 +190,7 @@ def rewards_of(
     )
     for dataset in datasets.values():
         columns = column_names(dataset)
-        rewards.check_columns(columns)
+        rewards.check_columns(columns, complete)
         if "rewards" in columns:
             whole = hasattr(dataset, "column_names")
             rewards.check_routes(dataset["rewards"] if whole else (r["rewards"] for r in dataset))

@@ -44,8 +44,11 @@ def test_gradients_of_long_sequences_keep_their_digits(loss_type, length):
     linear_policy_loss(leaf, weight, ids, torch.ones(1), old_logp=old, config=config)[0].backward()
     allowed = BOUND
     if product:
-        # the roundings of 262k fp32 log-probs add up to 2.2e-5 however well they are added
-        allowed = max(allowed, distance(gradient(loss_type, torch.float32, *given), want))
+        # the roundings of n fp32 log-probs of 2e-7 each add up to 2e-7 sqrt(n), however well they
+        # are added: 1e-4 at 262k, of which the sum may be off by 4; vespo's weight goes as 1.3 w
+        rounded = (hidden @ weight.T).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+        spread = (rounded.double() - logp).norm().item()
+        allowed = max(allowed, 4 * spread * (1.32 if loss_type == "vespo" else 1.0))
     assert distance(leaf.grad.double(), want) < allowed
 
 

@@ -77,7 +77,12 @@ def test_command_says_the_route(capsys):
         ("--loss-type vespo", ("known_derivative", "6.00 NHV")),
         ("--top-entropy-quantile 0.2", ("two_passes", "3.20 NHV", "entropies")),
         ("--beta 0.1 --active 0.1", ("one_pass", "6.00 NHV")),
-        ("--workspace-bytes 500000000", ("two_passes", "8.00 NHV", "slices of the vocabulary")),
+        ("--workspace-bytes 500000000", ("one_pass", "6.00 NHV", "a product of all of them")),
+        (
+            "--workspace-bytes 500000000 --dtype fp32",
+            ("two_passes", "8.00 NHV", "slices of the vocabulary"),
+        ),
+        ("--tokens 20000", ("one_pass", "held", "a product of 4096 rows", "in fp32")),
         ("--dtype fp16 --old-logp", ("two_passes", "fp16")),
         ("--lora-rank 16", ("one_pass", "adapter of rank 16")),
         ("--device cpu", ("one_pass", "of at most 512 rows")),

@@ -39,9 +39,13 @@ def backward(
     full: bool,
     by_row: bool = False,
     out: torch.dtype | None = None,
+    over: bool = False,
 ) -> None:
+    """over: out lies on the bytes of the logits."""
     logits, ids, active, vector, stats = _rows(dtype, V)
     target = logits if out is None else torch.empty(logits.shape, dtype=out)
+    if over:
+        target = logits.view(out)[..., :V]
     extra = {"active": active, "softcap": 30.0, "dlse": vector, "dentropy": vector} if full else {}
     temperature = vector if by_row else 0.7
     logprob.logprob_bwd(
@@ -67,10 +71,11 @@ def policy(
     kl_gradient: Callable | None = None,
     rollout_mask: bool = False,
     out: torch.dtype | None = None,
+    over: bool = True,
     n: int = ROWS,
 ) -> None:
     """full: mask, softcap, old and reference log-probs; extras: entropy bonus, rollout correction
-    and a temperature for each row."""
+    and a temperature for each row; over: a narrower out lies on the bytes of the logits."""
     logits, ids, active, vector, terms = _rows(dtype, V, n)
     given = (
         {"active": active, "softcap": 30.0, "old_logp": vector, "ref_logp": vector} if full else {}
@@ -82,13 +87,16 @@ def policy(
             "rollout_weight": objectives.rollout_weight,
             "rollout_mask": rollout_mask,
         }
+    target = logits if out is None else torch.empty(logits.shape, dtype=out)
+    if out is not None and over:
+        target = logits.view(out)[..., :V]
     one_pass.policy(
         logits,
         ids,
         vector,
         vector,
         terms,
-        (logits if out is None else logits.view(out)[..., :V]) if gradient else None,
+        target if gradient else None,
         token_loss=objectives.token_loss,
         objective=getattr(objectives, objective),
         kl=kl,
@@ -156,6 +164,12 @@ CASES: dict[str, Callable[[], None]] = {
     "fwd f16 V=500": lambda: forward(_F16, 500, full=False),
     "bwd bf16 V=151936 in place": lambda: backward(_BF16, 151936, full=False),
     "bwd f32 V=151936, bf16 out": lambda: backward(_F32, 151936, full=False, out=_BF16),
+    "bwd f32 V=151936, bf16 over the logits": lambda: backward(
+        _F32, 151936, full=False, out=_BF16, over=True
+    ),
+    "bwd f32 V=50257 full, bf16 over the logits": lambda: backward(
+        _F32, 50257, full=True, out=_BF16, over=True
+    ),
     "bwd bf16 V=50257 full": lambda: backward(_BF16, 50257, full=True),
     "bwd f32 V=151936 full, bf16 out": lambda: backward(_F32, 151936, full=True, out=_BF16),
     "bwd f16 V=1000 full": lambda: backward(_F16, 1000, full=True),
@@ -163,6 +177,7 @@ CASES: dict[str, Callable[[], None]] = {
     "policy bf16 V=32000": lambda: policy(_BF16, 32000),
     "policy bf16 V=50257 full": lambda: policy(_BF16, 50257, full=True),
     "policy f32 V=151936 full, bf16 out": lambda: policy(_F32, 151936, full=True, out=_BF16),
+    "policy f32 V=151936, bf16 of its own": lambda: policy(_F32, 151936, out=_BF16, over=False),
     "policy f32 V=151936 full": lambda: policy(_F32, 151936, full=True),
     "policy f32 V=151936 full, no gradient": lambda: policy(
         _F32, 151936, full=True, gradient=False

@@ -47,6 +47,17 @@ SWEEPS: dict[str, Sweep] = {
         "the kernels in Triton's interpreter.",
         ("tests/sweeps/full_properties.py", "--numbers", "{numbers}"),
     ),
+    "kills": Sweep(
+        "20 PPO runs killed at random moments, inside dropped steps, later epochs and saves too, "
+        "are continued and end with the bits of a run that nothing stopped.",
+        ("tests/sweeps/full_kills.py", "--numbers", "{numbers}"),
+    ),
+    "ppo": Sweep(
+        "On a toy the reward of PPO with either critic, and of GRPO, rises from below 0.1 to above "
+        "0.8 with three seeds, and every critic explains more than 0.3 of the variance of the "
+        "returns while it learns.",
+        ("tests/sweeps/full_ppo.py", "--numbers", "{numbers}"),
+    ),
     "curves": Sweep(
         "300 steps of a toy model with bf16 weights stay inside the seed band of the fp32 "
         "reference, and in every setting a wrong loss leaves it.",
