@@ -137,7 +137,7 @@ def check_same(whole, folder, reports):
     assert [k for k in ours if not ours[k].equal(theirs[k])] == []
 
 
-@pytest.mark.parametrize("at", [1, 2, 4, 7])
+@pytest.mark.parametrize("at", [0, 1, 2, 4])
 def test_killed_inside_a_trainer(whole, source, tmp_path, monkeypatch, at):
     """After the at-th optimizer step of all trainers together, its checkpoint written or not."""
     from grpo_fast.trainer.resume import ResumableTrainer
