@@ -18,6 +18,7 @@ from grpo_fast.trainer.config import GRPOConfig
 from grpo_fast.trainer.iterative_config import IterativeConfig
 from grpo_fast.trainer.labels import LabelsNeeded
 from grpo_fast.trainer.reward_config import RewardModelConfig
+from grpo_fast.trainer.stages import Interrupted
 
 from .options import _COMMON, EPILOG, TrainParser, _Help, _json_object, _option
 
@@ -183,6 +184,9 @@ def reward_model(argv: list[str]) -> int:
         script.model, args, load_preferences(script.dataset), held_out, peft_config=_lora(script)
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.stopping.stopped is not None:
+        print("go on with the same command and --resume-from-checkpoint true", file=sys.stderr)
+        return 128 + trainer.stopping.stopped
     if trainer.eval_dataset:
         print({name: round(value, 4) for name, value in trainer.evaluate().items()})
     trainer.save_model()
@@ -202,7 +206,7 @@ def _lora(script: RewardScript) -> Any:
 
 
 def iterate(argv: list[str]) -> int:
-    """Run the loop as the options say; 0, or 3 when it waits for people's labels.
+    """Run the loop as the options say; 0, 3 when it waits for people's labels, or 128 and a signal.
 
     Raises:
         ValueError: for anything that cannot be loaded or does not fit, before any work.
@@ -220,8 +224,7 @@ def iterate(argv: list[str]) -> int:
     if script.demo:
         from .iterate_demo import run
 
-        run(loop, values)
-        return 0
+        return _to_its_end(lambda: run(loop, values))
     from grpo_fast.trainer.iterative import FILE, IterativeGRPO
 
     args = IterativeConfig(**loop)
@@ -238,12 +241,21 @@ def iterate(argv: list[str]) -> int:
         RewardModelConfig(**{**chosen, **(script.reward_args or {})}),
         script.reward_model,
     )
+    status = _to_its_end(made.train)
+    if not status:
+        print(f"report: {(Path(args.output_dir) / 'report' / 'index.md').resolve()}")
+    return status
+
+
+def _to_its_end(work: Any) -> int:
     try:
-        made.train()
+        work()
     except LabelsNeeded as waiting:
         print(f"grpo-fast iterate: {waiting}")
         return 3
-    print(f"report: {(Path(args.output_dir) / 'report' / 'index.md').resolve()}")
+    except Interrupted as stopped:
+        print(f"grpo-fast iterate: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     return 0
 
 

@@ -46,7 +46,7 @@ from .preferences import RankedSet, split_by_prompt
 from .reward_config import RewardModelConfig
 from .reward_model import RewardModelTrainer
 from .sampler import check_dataset, column_names
-from .stages import Stages, drop_run, has_checkpoint, read_rows, stage_seed, write_rows
+from .stages import Stages, drop_run, read_rows, stage_seed, train_in, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ class IterativeGRPO:
         """Run what is missing, and return the report of each iteration.
 
         Raises:
+            Interrupted: a signal ended a trainer before its last step.
             LabelsNeeded: the judge is a file that is not there yet.
             ValueError: the folder holds another run's stages, or damaged ones.
         """
@@ -268,7 +269,7 @@ class IterativeGRPO:
             [_as_row(one) for one in drawn],
             [_as_row(one) for one in held_out] or None,
         )
-        trainer.train(resume_from_checkpoint=has_checkpoint(run))
+        train_in(trainer, run)
         trainer.save_model(str(model))
         drop_run(run)
 
@@ -283,7 +284,7 @@ class IterativeGRPO:
         trainer = GRPOTrainer(
             str(self.policy_folder(t - 1)), self.reward_folder(t), args, self.prompts
         )
-        trainer.train(resume_from_checkpoint=has_checkpoint(run))
+        train_in(trainer, run)
         trainer.save_model(str(folder / "model"))
         drop_run(run)
 

@@ -29,6 +29,18 @@ def stage_seed(seed: int, iteration: int, stage: str) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") >> 1
 
 
+class Interrupted(Exception):
+    """A signal ended a stage before its last step; the same run goes on from its checkpoint.
+
+    Args:
+        signal: its number.
+    """
+
+    def __init__(self, signal: int) -> None:
+        self.signal = signal
+        super().__init__(f"signal {signal} ended the run; the same command goes on with it.")
+
+
 class Stages:
     """The stages of a run in a folder.
 
@@ -118,6 +130,17 @@ def has_checkpoint(folder: Path) -> bool:
     """Whether a complete checkpoint is there to go on from."""
     found = folder.glob("checkpoint-*")
     return any(checkpoint.problem(path, hashed=True) is None for path in found)
+
+
+def train_in(trainer: Any, folder: Path) -> None:
+    """Train to the end, from the newest checkpoint in a folder where there is one.
+
+    Raises:
+        Interrupted: a signal ended it before; what it has is no result of the stage.
+    """
+    trainer.train(resume_from_checkpoint=has_checkpoint(folder))
+    if trainer.stopping.stopped is not None:
+        raise Interrupted(trainer.stopping.stopped)
 
 
 def drop_run(folder: Path) -> None:

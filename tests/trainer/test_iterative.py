@@ -10,7 +10,7 @@ from grpo_fast import GRPOConfig, IterativeGRPO, RewardModelConfig
 from grpo_fast.trainer.iterative import STAGES, hacked
 from grpo_fast.trainer.iterative_config import IterativeConfig
 from grpo_fast.trainer.labels import LabelsNeeded
-from grpo_fast.trainer.stages import Stages, read_rows
+from grpo_fast.trainer.stages import Interrupted, Stages, read_rows
 
 COMMON = {
     "report_to": "none",
@@ -152,6 +152,27 @@ def test_killed_inside_a_trainer(whole, source, tmp_path, monkeypatch, at):
 
     monkeypatch.setattr(ResumableTrainer, "training_step", dying)
     with pytest.raises(Killed):
+        loop(tmp_path, source).train()
+    check_same(whole, tmp_path, loop(tmp_path, source).train())
+
+
+def test_a_signal_ends_no_stage(whole, source, tmp_path, monkeypatch):
+    """The trainer returns early then; what it has must not be sealed."""
+    import os
+    import signal
+
+    from grpo_fast.trainer.resume import ResumableTrainer
+
+    step, count = ResumableTrainer.training_step, [0]
+
+    def heard(self, *args, **kwargs):
+        count[0] += 1
+        if count[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(ResumableTrainer, "training_step", heard)
+    with pytest.raises(Interrupted, match="signal 15 ended the run"):
         loop(tmp_path, source).train()
     check_same(whole, tmp_path, loop(tmp_path, source).train())
 
