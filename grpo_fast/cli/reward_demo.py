@@ -22,7 +22,8 @@ PROMPT = "How does it feel? It feels"
 SET, TRAIN, HELD_OUT = 4, 480, 120
 # an entry about which people disagree more says little; most have a std below 1
 _LARGEST_STD = 1.5
-_SHOWN = ("great", "okay", "awful", ":-)", ":(")
+# sets
+_SHOWN = 2
 
 # set for two CPU cores; every one can be overridden on the command line
 DEFAULTS: dict[str, Any] = {
@@ -67,9 +68,10 @@ def run(config: dict[str, Any]) -> None:
             f'("the longer wins": {values["eval_longer_accuracy"]:.3f}, chance: 0.5), '
             f"calibration error {values['eval_calibration']:.3f}"
         )
-    texts = [f" {text}" for text in _SHOWN]
-    for text, score in zip(_SHOWN, trainer.score([PROMPT] * len(texts), texts), strict=True):
-        print(f"  {text:8} {score:+.2f}")
+    for row in held_out[:_SHOWN]:
+        scores = trainer.score([PROMPT] * SET, row["completions"])
+        for text, rating, score in zip(row["completions"], row["scores"], scores, strict=True):
+            print(f"  {text.strip():20} people {rating:+.1f}   score {score:+.2f}")
     output = Path(args.output_dir)
     print(f"reward model: {output}   curves: {output / 'curves.png'}")
     print(f"{time.perf_counter() - started:.0f} s in all")
