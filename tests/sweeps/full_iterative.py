@@ -1,7 +1,7 @@
 """Policy and reward model on a task whose first reward model is poor on purpose.
 
 A tiny policy writes words; the judge counts w3 among the first four. The first reward model has
-been taught that long answers are good. With retraining the judge's score rises; the control keeps
+been taught that long answers are good. A rise of the judge's score counts from 0.1 on. With retraining the judge's score rises; the control keeps
 the first reward model, and its reward rises while the judge's score does not. Three seeds each:
 
     PYTHONPATH=.:tests/support python tests/sweeps/full_iterative.py --out FOLDER
@@ -171,7 +171,7 @@ def main() -> int:
         draw(given.out / "iterative.png", found)
         (given.out / "iterative.json").write_text(json.dumps(out, indent=1) + "\n")
     good = [r[-1]["judge"] > r[0]["judge_before"] + 0.1 for r in found["retrained"]] + [
-        r[-1]["reward"] > r[0]["reward_before"] and r[-1]["judge"] <= r[0]["judge_before"]
+        r[-1]["reward"] > r[0]["reward_before"] and r[-1]["judge"] < r[0]["judge_before"] + 0.1
         for r in found["control"]
     ]
     return 0 if all(good) else 1
