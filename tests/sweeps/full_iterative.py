@@ -1,7 +1,8 @@
 """Policy and reward model on a task whose first reward model is poor on purpose.
 
 A tiny policy writes words; the judge counts w3 among the first four. The first reward model has
-been taught that long answers are good. A rise of the judge's score counts from 0.1 on. With retraining the judge's score rises; the control keeps
+been taught that long answers are good. A rise of the judge's score counts from 0.1 on.
+With retraining the judge's score rises; the control keeps
 the first reward model, and its reward rises while the judge's score does not. Three seeds each:
 
     PYTHONPATH=.:tests/support python tests/sweeps/full_iterative.py --out FOLDER
