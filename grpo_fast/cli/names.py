@@ -16,6 +16,7 @@ _CLASSES = {
     "KLOptions": "trainer/kl.py",
     "LossOptions": "trainer/loss_options.py",
     "PPOConfig": "trainer/ppo_config.py",
+    "ReplayOptions": "trainer/replay_options.py",
     "RewardOptions": "trainer/reward_options.py",
     "SamplingOptions": "trainer/sampling_options.py",
     "ScriptArguments": "cli/options.py",

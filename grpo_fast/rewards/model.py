@@ -14,6 +14,8 @@ from transformers import (
 
 from grpo_fast.checks import fail
 
+from .render import Render
+
 # bounds the activations of one forward; a generation batch may hold thousands of completions
 _ROWS = 32
 
@@ -22,8 +24,9 @@ class RewardModel:
     """reward_i = classifier(prompt_i + completion_i).logits[0].
 
     Plain strings are joined as they are, without special tokens; conversations are rendered with
-    the reward model's own chat template. Rows are padded on the right and read in eval mode
-    without a graph, in the dtype of the model.
+    the reward model's own chat template: see `Render`, whose settings the configuration of a model
+    of `RewardModelTrainer` holds. Rows are padded on the right and read in eval mode without a
+    graph, in the dtype of the model.
 
     Args:
         model: checkpoint folder or hub name, loaded with `num_labels=1`, or a model with one label.
@@ -66,27 +69,21 @@ class RewardModel:
 
     def __call__(self, prompts: list[Any], completions: list[Any]) -> list[float]:
         """One number per completion."""
-        texts = [self._text(*pair) for pair in zip(prompts, completions, strict=True)]
+        render = Render.of(self.model.config)
+        pairs = zip(prompts, completions, strict=True)
+        rows = [render(self.tokenizer, *pair) for pair in pairs]
         rewards: list[float] = []
-        for start in range(0, len(texts), _ROWS):
-            rewards += self._score(texts[start : start + _ROWS], start)
+        for start in range(0, len(rows), _ROWS):
+            rewards += self._score(rows[start : start + _ROWS], start)
         return rewards
 
-    def _text(self, prompt: Any, completion: Any) -> str:
-        if isinstance(prompt, str):
-            return prompt + completion
-        return self.tokenizer.apply_chat_template(prompt + completion, tokenize=False)
-
-    def _score(self, texts: list[str], start: int) -> list[float]:
-        batch = self.tokenizer(
-            texts,
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-            add_special_tokens=False,
-        ).to(self.model.device)
+    def _score(self, rows: list[list[int]], start: int) -> list[float]:
+        lengths = torch.tensor([len(ids) for ids in rows])
+        input_ids = torch.full((len(rows), int(lengths.max())), self.tokenizer.pad_token_id)
+        for row, ids in zip(input_ids, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        lengths = batch["attention_mask"].sum(1)
         if limit is not None and lengths.max() > limit:
             row = int(lengths.argmax())
             raise ValueError(
@@ -94,7 +91,9 @@ class RewardModel:
                 f"than the reward model's context of {limit}."
             )
         with torch.inference_mode():
-            return self.model(**batch).logits[:, 0].float().tolist()
+            device = self.model.device
+            out = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+            return out.logits[:, 0].float().tolist()
 
 
 def _load(name: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:

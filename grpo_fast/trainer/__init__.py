@@ -8,9 +8,12 @@ from typing import Any
 _HOME = {
     "GRPOConfig": "config",
     "GRPOTrainer": "grpo",
+    "IterativeGRPO": "iterative",
     "MicroBatch": "window",
     "PPOConfig": "ppo_config",
     "PPOTrainer": "ppo",
+    "RewardModelConfig": "reward_config",
+    "RewardModelTrainer": "reward_model",
     "RolloutTrainer": "loop",
     "Stateful": "checkpoint",
 }
@@ -18,9 +21,12 @@ _HOME = {
 __all__ = [
     "GRPOConfig",
     "GRPOTrainer",
+    "IterativeGRPO",
     "MicroBatch",
     "PPOConfig",
     "PPOTrainer",
+    "RewardModelConfig",
+    "RewardModelTrainer",
     "RolloutTrainer",
     "Stateful",
 ]

@@ -16,6 +16,7 @@ from .kl import KLOptions
 from .kl import option as _option
 from .loss_options import LossOptions
 from .memory_options import MemoryOptions
+from .replay_options import ReplayOptions
 from .reward_options import RewardOptions
 from .sampling_options import SamplingOptions
 
@@ -27,6 +28,7 @@ class GRPOConfig(
     SamplingOptions,
     RewardOptions,
     KLOptions,
+    ReplayOptions,
     MemoryOptions,
     TrainingArguments,
 ):
@@ -111,7 +113,6 @@ class GRPOConfig(
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 fail(name, "a dict or a JSON object", repr(value))
-        self.loss_config()
         self._check_integers()
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self.check_forward()
@@ -120,6 +121,8 @@ class GRPOConfig(
         self.check_rewards()
         self.check_advantages()
         self._check_batches()
+        self.check_replay()
+        self.loss_config()
         self.check_kl()
         self.check_memory()
         check_inherited(self)
@@ -132,7 +135,8 @@ class GRPOConfig(
     @property
     def on_policy(self) -> bool:
         """True when every use of a window falls in the optimizer step that sampled it."""
-        return self.gradient_accumulation_steps % self.window_uses == 0
+        fresh = self.gradient_accumulation_steps % self.window_uses == 0
+        return fresh and not self.replay_share
 
     def _check_integers(self) -> None:
         lowest = {

@@ -34,6 +34,7 @@ from .kl import approximate_kl
 from .kl_reward import with_kl
 from .loop import Example, StepCallback
 from .memory import watch_memory
+from .replay import GroupReplay
 from .reporting import CORRECTED, MetricsFile, Progress
 from .sampler import check_prompts, is_conversational
 from .samplers import (
@@ -153,6 +154,9 @@ class GRPOTrainer(ScoredTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(Progress)
         self._prepare_policy()
+        self.replay = GroupReplay.of(args)
+        if self.replay is not None:
+            self.stateful["replay"] = self.replay
         # ranks that start from one seed would sample alike
         set_seed(args.seed, device_specific=True)
 
@@ -256,6 +260,7 @@ class GRPOTrainer(ScoredTrainer):
         config = self.loss_config
         needs = (
             self.reference is not None
+            or self.replay is not None
             or self.step_kl is not None
             or config.beta != 0
             or config.entropy_coef != 0

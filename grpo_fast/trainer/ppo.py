@@ -30,7 +30,7 @@ from grpo_fast.models.critic import (
 )
 from grpo_fast.models.head import evaluating
 from grpo_fast.models.loading import config_of
-from grpo_fast.models.packing import PackedBatch, pack
+from grpo_fast.models.packing import PackedBatch
 from grpo_fast.rewards import weighted
 from grpo_fast.rollout.rollouts import Rollouts
 
@@ -223,13 +223,7 @@ class PPOTrainer(GRPOTrainer):
 
     def pack(self, prompts: list[list[int]], completions: list[list[int]]) -> PackedBatch:
         """A micro-batch of an epoch, packed anew."""
-        return pack(
-            prompts,
-            completions,
-            pad_id=self.processing_class.pad_token_id,
-            row_length=self.row_length,
-            device=self.args.device,
-        )
+        return self.packer.pack(prompts, completions, self.args.device)
 
     @torch.no_grad()
     def measure(self, micro: MicroBatch, old: bool) -> None:

@@ -18,6 +18,7 @@ from .active import forward_share
 from .loop import Example, RolloutTrainer
 from .metrics import Metrics, add_rollouts, loss_metrics
 from .record import completion_of, table_of
+from .replay import GroupReplay, mix
 from .samplers import together
 from .window import MicroBatch
 
@@ -33,6 +34,7 @@ class ScoredTrainer(RolloutTrainer):
     """
 
     rewards: RewardSet
+    replay: GroupReplay | None = None
 
     def generate(self, examples: list[Example], num_generations: int) -> Rollouts:
         """Stage 1: `num_generations` completions of each example's prompt, in order."""
@@ -97,9 +99,10 @@ class ScoredTrainer(RolloutTrainer):
                 advantages[local].tolist(),
                 self._extras,
             )
-        micro_batches = self.batch(rollouts, advantages[local], evaluate)
-        metrics.add("forward_share", forward_share(rollouts, micro_batches))
-        return micro_batches
+        fresh = self.batch(rollouts, advantages[local], evaluate)
+        metrics.add("forward_share", forward_share(rollouts, fresh))
+        replay = None if evaluate else self.replay
+        return fresh if replay is None else mix(self, replay, fresh, rollouts)
 
     def score(self, examples: list[Example], rollouts: Rollouts) -> Tensor:
         """Stage 2: rewards (B, K) of this rank, float32 on the CPU, NaN = unscorable."""

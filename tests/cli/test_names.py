@@ -18,7 +18,7 @@ from grpo_fast.cli.verbs import VERBS
     [
         (["--help"], "commands:"),
         (["--version"], __version__),
-        (["trian"], "unknown command 'trian': expected train, ppo, plan or doctor"),
+        (["trian"], "unknown command 'trian': expected train, ppo, reward-model, iterate, plan"),
         (["train", "--lerning-rate", "1"], "unknown option --lerning-rate; did you mean --learn"),
         (["train", "--max_step=3"], "unknown option --max_step; did you mean --max-steps?"),
         (["ppo", "--cliprange-vale=3"], "did you mean --cliprange-value?"),
