@@ -12,9 +12,11 @@ _OURS = Path(__file__).resolve().parent.parent
 _PARSER = ("config", "help", "help_all")
 # class of options -> its file; its parents have to be rows of this table, or of transformers
 _CLASSES = {
+    "ForwardOptions": "trainer/forward_options.py",
     "GRPOConfig": "trainer/config.py",
     "KLOptions": "trainer/kl.py",
     "LossOptions": "trainer/loss_options.py",
+    "MemoryOptions": "trainer/memory_options.py",
     "PPOConfig": "trainer/ppo_config.py",
     "ReplayOptions": "trainer/replay_options.py",
     "RewardOptions": "trainer/reward_options.py",

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import checkpoint
 from .record import as_text
-from .reporting import plain
+from .completions import plain
 
 _COLUMNS = (
     ("judge_before", "judge, before"),
