@@ -195,7 +195,7 @@ def _worker(folder: str) -> None:
 
     from grpo_fast.trainer.config import GRPOConfig
     from grpo_fast.trainer.grpo import GRPOTrainer
-    from grpo_fast.trainer.reporting import Curves
+    from grpo_fast.trainer.curves import Curves
 
     job = json.loads(Path(folder, "job.json").read_text())
     setup = Setup(**job["setup"])
