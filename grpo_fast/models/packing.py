@@ -69,6 +69,7 @@ def pack(
     pad_id: int,
     row_length: int | None,
     device: torch.device | str,
+    multiple: int = 1,
 ) -> PackedBatch:
     """Pack each prompt with its completion, longest first, into the first row with room.
 
@@ -83,6 +84,7 @@ def pack(
         row_length: tokens of a row, or the longest sequence if that is more. None puts all into
             one row, for flash attention, which knows sequences in a single row only.
         device: where the tensors are made.
+        multiple: the tokens of a row are padded up to a multiple of it.
 
     Raises:
         ValueError: no sequences, unequal numbers of them, an empty prompt, or row_length < 1.
@@ -92,7 +94,7 @@ def pack(
         len(p) + len(c) - 1 if c else 0 for p, c in zip(prompt_ids, completion_ids, strict=True)
     ]
     places, fills = _first_fit(lengths, row_length)
-    width = max(1, *fills)
+    width = -(-max(1, *fills) // multiple) * multiple
     input_ids = torch.full((len(fills), width), pad_id, dtype=torch.int64)
     position_ids = torch.zeros_like(input_ids)
     for row, fill in enumerate(fills):

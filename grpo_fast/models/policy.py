@@ -32,6 +32,8 @@ def attach(
 
     `model(input_ids=..., position_ids=..., head_fn=fn)` then returns `fn(hidden, head)` with
     hidden (R, L, H) in the dtype of the head weight; without `head_fn` the forward is as before.
+    With `router_fn` beside it a mixture of experts returns both `head_fn(hidden, head)` and
+    `router_fn(router_logits)`.
     The head is checked first (`check_head`). Attaching twice changes nothing; attach again after
     something else has replaced `forward` (Liger kernels do). Call it before Accelerate, DDP or
     FSDP take the model: under their autocast the check would see rounded logits.
@@ -43,11 +45,11 @@ def attach(
 
     Raises:
         ValueError: see `innermost`, `backbone`, `find_head` and `check_head`; or the config asks
-            for the router loss of a mixture of experts, which this forward does not return.
+            for the router logits of a mixture of experts, which `router_fn` alone is given.
     """
     lm = innermost(model)
     if getattr(lm.config.get_text_config(decoder=True), "output_router_logits", False):
-        hint = "the auxiliary router loss would be dropped."
+        hint = "router_aux_loss_coef asks for the router loss, which would be dropped here."
         fail("model", "config.output_router_logits=False", True, hint)
     override = {"softcap": softcap, "logit_scale": logit_scale}
     override = {name: float(value) for name, value in override.items() if value is not None}
@@ -140,6 +142,10 @@ def _through_head(
         hint = "a cache switches packed attention off."
         fail("use_cache", "False or None", given["use_cache"], hint)
     check_positions(lm, given.get("position_ids"))
-    hidden = backbone(lm)(*args, **given)[0]
+    router_fn = given.pop("router_fn", None)
+    if router_fn is not None:
+        given.update(output_router_logits=True, return_dict=True)
+    out = backbone(lm)(*args, **given)
     head = find_head(lm)
-    return head_fn(hidden.to(head.weight.dtype), head)
+    result = head_fn(out[0].to(head.weight.dtype), head)
+    return result if router_fn is None else (result, router_fn(out.router_logits))

@@ -100,6 +100,8 @@ def generators_kept() -> Iterator[None]:
     finally:
         for (_, write), state in zip(_GENERATORS, states, strict=True):
             write(state)
+
+
 # (read, write) of settings; written back only when they have changed
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),

@@ -16,6 +16,8 @@ from grpo_fast.checks import fail
 
 # bounds the activations of one forward; a generation batch may hold thousands of completions
 _ROWS = 32
+# keywords that say which files are read, and whether their code is run
+_SOURCE = ("revision", "code_revision", "trust_remote_code", "token", "cache_dir")
 
 
 class RewardModel:
@@ -29,7 +31,9 @@ class RewardModel:
         model: checkpoint folder or hub name, loaded with `num_labels=1`, or a model with one label.
         tokenizer: its tokenizer; None loads it from the checkpoint.
         device: where the model is moved; None leaves it where it is.
-        init_kwargs: keyword arguments of `from_pretrained` for a checkpoint.
+        init_kwargs: keyword arguments of `from_pretrained` for a checkpoint; its tokenizer is of
+            the same revision.
+        chat_template_kwargs: further arguments of the chat template.
 
     Raises:
         ValueError: for more than one label, a checkpoint without classifier weights (they would be
@@ -43,6 +47,7 @@ class RewardModel:
         *,
         device: torch.device | str | None = None,
         init_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(model, str):
             model = _load(model, init_kwargs or {})
@@ -53,7 +58,9 @@ class RewardModel:
             fail("reward_funcs", "sequence classifiers with num_labels=1 as reward models", got)
         source = config.name_or_path
         self.__name__ = source.rstrip("/").split("/")[-1] or type(model).__name__
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(
+            source, **_of_tokenizer(config, init_kwargs or {})
+        )
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token is None:
                 got = f"none for reward model {self.__name__!r}"
@@ -61,7 +68,7 @@ class RewardModel:
             tokenizer.pad_token = tokenizer.eos_token
         # decoder classifiers find the last real token by this id
         config.pad_token_id = tokenizer.pad_token_id
-        self.tokenizer = tokenizer
+        self.tokenizer, self._template = tokenizer, chat_template_kwargs or {}
         self.model = model.eval() if device is None else model.eval().to(device)
 
     def __call__(self, prompts: list[Any], completions: list[Any]) -> list[float]:
@@ -75,7 +82,11 @@ class RewardModel:
     def _text(self, prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):
             return prompt + completion
-        return self.tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+        if prompt and prompt[-1]["role"] == "assistant":
+            # the completion repeats the turn that the prompt begins
+            prompt = prompt[:-1]
+        messages = [*prompt, *completion]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **self._template)
 
     def _score(self, texts: list[str], start: int) -> list[float]:
         batch = self.tokenizer(
@@ -95,6 +106,13 @@ class RewardModel:
             )
         with torch.inference_mode():
             return self.model(**batch).logits[:, 0].float().tolist()
+
+
+def _of_tokenizer(config: Any, init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    # the commit that the model came from, so that both are of one revision
+    commit = getattr(config, "_commit_hash", None)
+    known = {} if commit is None else {"revision": commit}
+    return {**known, **{k: v for k, v in init_kwargs.items() if k in _SOURCE}}
 
 
 def _load(name: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:

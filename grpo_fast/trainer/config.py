@@ -16,10 +16,13 @@ from .kl import option as _option
 from .loss_options import LossOptions
 from .reward_options import RewardOptions
 from .sampling_options import SamplingOptions
+from .trl_options import TRLOptions
 
 
 @dataclass
-class GRPOConfig(LossOptions, SamplingOptions, RewardOptions, KLOptions, TrainingArguments):
+class GRPOConfig(
+    LossOptions, SamplingOptions, RewardOptions, KLOptions, TRLOptions, TrainingArguments
+):
     """Arguments of `GRPOTrainer`.
 
     The loss fields take their defaults from `LossConfig`, which also validates them. Batches, with
@@ -100,6 +103,7 @@ class GRPOConfig(LossOptions, SamplingOptions, RewardOptions, KLOptions, Trainin
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 fail(name, "a dict or a JSON object", repr(value))
+        self.check_trl()
         self.loss_config()
         self._check_integers()
         self.num_generations_eval = self.num_generations_eval or self.num_generations

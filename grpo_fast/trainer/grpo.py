@@ -31,6 +31,7 @@ from grpo_fast.models.packing import (
 )
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
+from grpo_fast.models.router import router_coefficient
 from grpo_fast.rewards import weighted
 from grpo_fast.rollout.rollouts import Rollouts
 
@@ -38,9 +39,10 @@ from .config import GRPOConfig
 from .kl import approximate_kl
 from .loop import Example, RolloutTrainer, StepCallback
 from .metrics import Metrics, add_rollouts, loss_metrics
+from .prompts import encode_prompt, texts_of
 from .record import completion_of, table_of
 from .reporting import CORRECTED, Curves, MetricsFile, Progress
-from .sampler import check_prompts, is_conversational
+from .sampler import check_prompts
 from .samplers import (
     agreement,
     agrees,
@@ -58,12 +60,15 @@ from .setup import (
     rewards_of,
     tokenizer_of,
 )
+from .streams import without_streams
+from .trl_names import TRLNames
+from .trl_options import check_further
 from .window import MicroBatch, flat, mask_of
 
 logger = logging.get_logger(__name__)
 
 
-class GRPOTrainer(RolloutTrainer):
+class GRPOTrainer(TRLNames, RolloutTrainer):
     """Trains a causal language model with GRPO on rewards of its own completions.
 
     A window is sampled for `steps_per_generation` micro-batches and used `num_iterations` times.
@@ -85,11 +90,13 @@ class GRPOTrainer(RolloutTrainer):
         model: checkpoint name or path, a causal `PreTrainedModel`, or a `PeftModel`.
         reward_funcs: one or more of: function (TRL's convention), reward model, checkpoint name.
         args: `GRPOConfig`.
-        train_dataset: map-style rows with `prompt`, text or messages; rewards get all columns.
+        train_dataset: rows with `prompt`, text or messages; rewards get all columns. Of a stream as
+            many are read as `max_steps` needs.
         eval_dataset: the same, or a dict of them.
         processing_class: tokenizer; default: the one of the model.
         reward_processing_classes: tokenizers of the reward models.
         callbacks, optimizers: as for `Trainer`.
+        quantization_config, tools, environment_factory: TRL's, refused by name.
         peft_config: wraps the model in an adapter; the reference is then the model without it.
         rollout_func: samples in place of `args.sampler`, several turns and tools too; see
             `samplers.from_function`.
@@ -101,7 +108,7 @@ class GRPOTrainer(RolloutTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        reward_funcs: Any,
+        reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -109,10 +116,16 @@ class GRPOTrainer(RolloutTrainer):
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
+        tools: Any = None,
         rollout_func: Any = None,
+        environment_factory: Any = None,
     ) -> None:
+        refused = {"tools": tools, "environment_factory": environment_factory}
+        check_further(quantization_config=quantization_config, **refused)
         args = GRPOConfig(output_dir="grpo-output") if args is None else args
+        train_dataset, eval_dataset = without_streams(args, train_dataset, eval_dataset)
         datasets = check_arguments(args, train_dataset, eval_dataset, model, peft_config)
         tokenizer = tokenizer_of(model, processing_class, args)
         known = (reward_funcs, reward_processing_classes, args, datasets)
@@ -123,6 +136,7 @@ class GRPOTrainer(RolloutTrainer):
         self.loss_config, self.rollout_func = args.loss_config(), rollout_func
         self.generation_config, self.eos_ids = generation_of(args, model, tokenizer)
         self.processing_class, self.args = tokenizer, args
+        self.router_coef = router_coefficient(model, args.router_aux_loss_coef)
         room = prompt_room(model, args)
         digests = {n: check_prompts(n, d, self.encode, room) for n, d in datasets.items()}
         self.data_digest = digests.get("train_dataset")
@@ -165,17 +179,7 @@ class GRPOTrainer(RolloutTrainer):
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, through the chat template when it is a list of messages."""
-        if not is_conversational(prompt):
-            return self.processing_class(prompt)["input_ids"]
-        answered = prompt[-1]["role"] == "assistant"
-        return self.processing_class.apply_chat_template(
-            prompt,
-            tokenize=True,
-            return_dict=False,
-            add_generation_prompt=not answered,
-            continue_final_message=answered,
-            **(self.args.chat_template_kwargs or {}),
-        )
+        return encode_prompt(self.processing_class, prompt, self.args.chat_template_kwargs or {})
 
     def generate(self, examples: list[Example], num_generations: int) -> Rollouts:
         """Stage 1: sample `num_generations` completions of each example's prompt, in order."""
@@ -235,6 +239,7 @@ class GRPOTrainer(RolloutTrainer):
                 rollouts.completion_ids[part],
                 pad_id=self.processing_class.pad_token_id,
                 row_length=self.row_length,
+                multiple=self.args.row_multiple,
                 device=self.args.device,
             )
             micro = self.micro_batch(
@@ -286,7 +291,7 @@ class GRPOTrainer(RolloutTrainer):
         def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
             return self.policy_loss(packed.select(hidden), head, micro)
 
-        return model(**packed.inputs(), head_fn=head_fn)
+        return self.with_router_loss(model, packed, head_fn)
 
     def policy_loss(
         self, hidden: Tensor, head: Any, micro: MicroBatch
@@ -376,7 +381,7 @@ class GRPOTrainer(RolloutTrainer):
         return self.batch(rollouts, advantages[local], evaluate)
 
     def _texts(self, rollouts: Rollouts) -> list[str]:
-        return self.processing_class.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
+        return texts_of(self.processing_class, rollouts.completion_ids)
 
     @torch.no_grad()
     def _logprobs(self, model: nn.Module, packed: PackedBatch) -> Tensor:

@@ -81,5 +81,8 @@ class LossOptions:
 
     def loss_config(self) -> LossConfig:
         """The loss these arguments describe; `LossConfig` owns its defaults and its checks."""
+        if self.loss_type == "vespo" and self.importance_sampling_level == "token":
+            # TRL's default, of which it takes no notice there: the weight is one of the sequence
+            self.importance_sampling_level = None
         shared = [f.name for f in fields(LossConfig) if f.name in type(self).__dataclass_fields__]
         return LossConfig(**{name: getattr(self, name) for name in shared})

@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from grpo_fast.checks import ArgumentError, fail
 from grpo_fast.models.head import innermost
-from grpo_fast.models.loading import load_policy, load_processing
+from grpo_fast.models.head_precision import cast_head_to_fp32
+from grpo_fast.models.loading import load_policy, load_processing, tokenizer_kwargs
 from grpo_fast.models.rope import shared_limit
 from grpo_fast.rewards import RewardSet
 
@@ -99,7 +100,9 @@ def tokenizer_of(
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         if not name:
             fail("processing_class", "a tokenizer for a model without a checkpoint", None)
-        return load_processing(name, gguf_file=(args.model_init_kwargs or {}).get("gguf_file"))
+        init_kwargs = init_kwargs_of(args)
+        source = tokenizer_kwargs(getattr(model, "config", None), init_kwargs)
+        return load_processing(name, gguf_file=init_kwargs.get("gguf_file"), **source)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         fail("processing_class", "a tokenizer", type(processing_class).__name__)
     if processing_class.pad_token_id is None:
@@ -110,10 +113,18 @@ def tokenizer_of(
     return processing_class
 
 
+def init_kwargs_of(args: GRPOConfig) -> dict[str, Any]:
+    """Keywords of from_pretrained for the policy."""
+    trust = {"trust_remote_code": True} if args.trust_remote_code else {}
+    return {**trust, **(args.model_init_kwargs or {})}
+
+
 def policy_of(model: Any, args: GRPOConfig, peft_config: Any) -> nn.Module:
     """The policy, loaded when a name was given, in its adapter when peft_config was."""
     if isinstance(model, str):
-        model = load_policy(model, **(args.model_init_kwargs or {}))
+        model = load_policy(model, **init_kwargs_of(args))
+    if args.cast_lm_head_to_fp32:
+        cast_head_to_fp32(model)
     if args.disable_dropout:
         disable_dropout(model)
     if peft_config is not None:
@@ -142,6 +153,7 @@ def generation_of(
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = ends if isinstance(ends, (list, tuple)) else [ends]
     eos_ids = {token for token in (tokenizer.eos_token_id, *ends) if token is not None}
+    cache = args.cache_implementation
     config = GenerationConfig(
         max_new_tokens=args.max_completion_length,
         do_sample=True,
@@ -150,6 +162,7 @@ def generation_of(
         top_k=args.top_k,
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
+        **({"cache_implementation": cache} if cache else {}),
         **(args.generation_kwargs or {}),
     )
     return config, eos_ids
@@ -178,7 +191,9 @@ def rewards_of(
     complete: bool = True,
 ) -> RewardSet:
     """The rewards of a run, whose columns every dataset has; complete: as in `check_columns`."""
-    init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "gguf_file"}
+    # what names a place in the policy's repository says nothing of another one
+    own = ("gguf_file", "revision", "code_revision", "subfolder")
+    init_kwargs = {k: v for k, v in init_kwargs_of(args).items() if k not in own}
     rewards = RewardSet(
         reward_funcs,
         processing_classes,
@@ -187,6 +202,7 @@ def rewards_of(
         init_kwargs,
         timeout=args.reward_timeout,
         max_completion_length=args.max_completion_length,
+        chat_template_kwargs=args.chat_template_kwargs,
     )
     for dataset in datasets.values():
         columns = column_names(dataset)
