@@ -87,7 +87,6 @@ class ResumableTrainer(Trainer):
         "repetition_penalty",
         "generation_kwargs",
         "chat_template_kwargs",
-        "cache_implementation",
         "use_adaptive_entropy",
         "entropy_coef_min",
         "entropy_coef_max",

@@ -153,7 +153,6 @@ def generation_of(
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = ends if isinstance(ends, (list, tuple)) else [ends]
     eos_ids = {token for token in (tokenizer.eos_token_id, *ends) if token is not None}
-    cache = args.cache_implementation
     config = GenerationConfig(
         max_new_tokens=args.max_completion_length,
         do_sample=True,
@@ -162,7 +161,6 @@ def generation_of(
         top_k=args.top_k,
         min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
-        **({"cache_implementation": cache} if cache else {}),
         **(args.generation_kwargs or {}),
     )
     return config, eos_ids

@@ -24,6 +24,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (True,),
         "sampling from parameters that stay apart is not supported; leave it out",
     ),
+    "cache_implementation": (
+        (None,),
+        "the sampler fills a cache of its own, with each prompt once for its group; leave it out",
+    ),
     "use_vllm": ((False,), _SERVER),
     "vllm_mode": (("colocate",), f"no engine runs inside the trainer; {_SERVER}"),
     "vllm_model_impl": (("vllm",), _ENGINE),
@@ -119,7 +123,6 @@ class TRLOptions:
     pad_to_multiple_of: int | str | None = _option(
         "auto", "Round the tokens of a packed row up to a multiple of this; auto: no rounding."
     )
-    cache_implementation: str | None = _option(None, "Kind of the cache that sampling uses.")
     use_adaptive_entropy: bool = _option(
         False, "Move entropy_coef so that the policy's entropy stays near entropy_target."
     )
@@ -131,6 +134,7 @@ class TRLOptions:
     )
 
     ds3_gather_for_generation: bool = _hidden(True)
+    cache_implementation: str | None = _hidden(None)
     use_vllm: bool = _hidden(False)
     vllm_mode: str = _hidden("colocate")
     vllm_model_impl: str = _hidden("vllm")
@@ -178,9 +182,9 @@ class TRLOptions:
         if self.router_aux_loss_coef is not None and not _at_least_zero(self.router_aux_loss_coef):
             got = repr(self.router_aux_loss_coef)
             fail("router_aux_loss_coef", "None or a finite number >= 0", got)
-        if self.cache_implementation and "cache_implementation" in (self.generation_kwargs or {}):
-            expected = "to be given once"
-            fail("cache_implementation", expected, "it in generation_kwargs as well")
+        if self.sampler == "hf" and "cache_implementation" in (self.generation_kwargs or {}):
+            hint = f"{REFUSED['cache_implementation'][1]}."
+            fail("generation_kwargs", "no cache", "'cache_implementation'", hint)
 
     def _check_entropy(self) -> None:
         names = ("entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target")

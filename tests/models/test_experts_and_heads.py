@@ -59,7 +59,9 @@ def test_the_router_loss_is_the_models_own():
     torch.testing.assert_close(loss, out.aux_loss, rtol=1e-5, atol=1e-6)
     gate = policy.model.layers[0].mlp.gate.weight
     ours = torch.autograd.grad(loss, gate)[0]
-    torch.testing.assert_close(ours, torch.autograd.grad(out.aux_loss, gate)[0], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        ours, torch.autograd.grad(out.aux_loss, gate)[0], rtol=1e-4, atol=1e-7
+    )
 
 
 def test_the_coefficient_is_the_configs_unless_given():

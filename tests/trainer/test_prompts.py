@@ -59,7 +59,9 @@ def test_a_token_beyond_the_tokenizer_has_no_text_and_is_named_once(caplog, monk
     known = tokenizer()
     logger = logging.getLogger("grpo_fast.trainer.prompts")
     said = []
-    monkeypatch.setattr(logger, "warning_once", lambda text, *a: said.append(text % a), raising=False)
+    monkeypatch.setattr(
+        logger, "warning_once", lambda text, *a: said.append(text % a), raising=False
+    )
     assert texts_of(known, [[3, len(VOCAB) + 5, 4], [5]]) == ["w0 w1", "w2"]
     assert len(said) == 1
     assert f"token {len(VOCAB) + 5}" in said[0]

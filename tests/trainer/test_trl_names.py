@@ -54,7 +54,6 @@ def test_arguments_in_the_order_of_trl(tmp_path):
     assert run.rollout_func is None
 
 
-
 @pytest.mark.parametrize("name", HOOKS)
 def test_a_subclass_hears_what_to_replace(name):
     with pytest.raises(ValueError, match=f"^{name}: expected no such method in Mine") as caught:
@@ -86,7 +85,9 @@ def test_attributes_of_trl(tmp_path):
 
 
 def test_logs_hold_what_was_sampled(tmp_path):
-    run = trainer(tmp_path, reward=spread_reward, max_steps=1, log_completions=True, logging_steps=5)
+    run = trainer(
+        tmp_path, reward=spread_reward, max_steps=1, log_completions=True, logging_steps=5
+    )
     seen = {}
     run.completions.flush = lambda *args: seen.update(run._logs)
     run.train()
