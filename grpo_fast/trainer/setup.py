@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +104,8 @@ def tokenizer_of(
             fail("processing_class", "a tokenizer for a model without a checkpoint", None)
         init_kwargs = init_kwargs_of(args)
         source = tokenizer_kwargs(getattr(model, "config", None), init_kwargs)
-        return load_processing(name, gguf_file=init_kwargs.get("gguf_file"), **source)
+        with _reading(name):
+            return load_processing(name, gguf_file=init_kwargs.get("gguf_file"), **source)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         fail("processing_class", "a tokenizer", type(processing_class).__name__)
     if processing_class.pad_token_id is None:
@@ -122,7 +125,8 @@ def init_kwargs_of(args: GRPOConfig) -> dict[str, Any]:
 def policy_of(model: Any, args: GRPOConfig, peft_config: Any) -> nn.Module:
     """The policy, loaded when a name was given, in its adapter when peft_config was."""
     if isinstance(model, str):
-        model = load_policy(model, **init_kwargs_of(args))
+        with _reading(model):
+            model = load_policy(model, **init_kwargs_of(args))
     if args.cast_lm_head_to_fp32:
         cast_head_to_fp32(model)
     if args.disable_dropout:
@@ -133,7 +137,22 @@ def policy_of(model: Any, args: GRPOConfig, peft_config: Any) -> nn.Module:
         model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        expected = "at least one parameter that is trained"
+        fail("model", expected, "none with requires_grad", "pass a peft_config, or unfreeze some.")
     return model
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    # transformers says that a checkpoint is not there, or no such thing, in many words
+    try:
+        yield
+    except OSError as error:
+        expected = "a folder or a hub name of a causal language model with its tokenizer"
+        said = str(error).strip().splitlines()
+        reason = said[0].rstrip(".") if said else type(error).__name__
+        raise ArgumentError("model", expected, repr(name), f"{reason}.") from error
 
 
 def disable_dropout(model: nn.Module) -> None:
