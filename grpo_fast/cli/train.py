@@ -29,10 +29,10 @@ def train(script: ScriptArguments, config: dict[str, Any]) -> None:
     from grpo_fast.trainer.grpo import GRPOTrainer
 
     args = GRPOConfig(**config)
-    rewards = load_rewards(script)
     if script.eval_size and args.eval_strategy == "no":
         expected = "0 without an eval_strategy, since nothing would look at those rows"
         fail("eval_size", expected, script.eval_size, "add --eval-strategy steps.")
+    rewards = load_rewards(script)
     train_dataset, eval_dataset = load_datasets(script, args.seed)
     if script.gguf_file is not None:
         args.model_init_kwargs = {**(args.model_init_kwargs or {}), "gguf_file": script.gguf_file}
