@@ -280,7 +280,7 @@ class PPOTrainer(GRPOTrainer):
                 actor = 0.0 * actor
             return actor + self.args.vf_coef * value, {**metrics, **own}
 
-        return model(**packed.inputs(), head_fn=head_fn)
+        return self.with_router_loss(model, packed, head_fn)
 
     def _value(self, values: Tensor, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted value loss, with a graph to the values, and its means over tokens."""

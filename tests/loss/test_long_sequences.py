@@ -28,4 +28,6 @@ def test_dhidden_of_a_long_sequence(loss_type, length):
     config = LossConfig(loss_type)
     linear_policy_loss(x, weight, ids, torch.ones(1), old_logp=old, config=config)[0].backward()
     error = (x.grad - h.grad).norm() / h.grad.norm()
-    assert error < 2e-5
+    # fp32 logits are 1.9e-7 nats off at random, and a sum of 262k of them 1e-4
+    summed = loss_type in ("rloo", "vespo") and length > 65_536
+    assert error < (1e-4 if summed else 2e-5)
