@@ -22,6 +22,7 @@ _CLASSES = {
     "RewardOptions": "trainer/reward_options.py",
     "SamplingOptions": "trainer/sampling_options.py",
     "ScriptArguments": "cli/options.py",
+    "TRLOptions": "trainer/trl_options.py",
 }
 _INHERITED = "TrainingArguments"
 

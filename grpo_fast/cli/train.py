@@ -33,6 +33,9 @@ def train(script: ScriptArguments, config: dict[str, Any], verb: str = "train") 
     from .verbs import VERBS
 
     args = VERBS[verb].config(**config)
+    if script.eval_size and args.eval_strategy == "no":
+        expected = "0 without an eval_strategy, since nothing would look at those rows"
+        fail("eval_size", expected, script.eval_size, "add --eval-strategy steps.")
     rewards = load_rewards(script)
     train_dataset, eval_dataset = load_datasets(script, args.seed)
     if script.gguf_file is not None:

@@ -53,6 +53,16 @@ def _transform(
     return z.mul(_column(factor))
 
 
+def _sum(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Row sums in a wider dtype; of long rows the sums of 128 neighbours are made in p's own, which
+    takes a twentieth of the time on a CPU."""
+    whole = p.shape[1] // 128 * 128
+    if dtype == p.dtype or whole < 4096:
+        return p.sum(1, dtype=dtype)
+    blocks = p[:, :whole].unflatten(1, (-1, 128)).sum(2)
+    return blocks.sum(1, dtype=dtype) + p[:, whole:].sum(1, dtype=dtype)
+
+
 def _row_stats(
     x: Tensor, ids: Tensor, keep: bool, entropy: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,12 +82,17 @@ def _row_stats(
         dot = (p * z).sum(1)
     # the target is kept out of the sum: log1p(rest) holds what log(1 + rest) would round away
     target = p.gather(1, ids[:, None])
-    rest = p.scatter_(1, ids[:, None], 0.0).sum(1)
+    # in fp32 the sum and its log are wrong by 2e-9 nats on average, always to one side: 1.6e-4 of
+    # the gradient of a sequence-level ratio over 65k tokens. MPS has nothing wider, and elsewhere
+    # the kernels compute this
+    wide = torch.float64 if p.is_cpu else p.dtype
+    rest = _sum(p.scatter_(1, ids[:, None], 0.0), wide)
     p.scatter_(1, ids[:, None], target)
     total = rest + target[:, 0]
     log_sum = torch.where(gap == 0.0, torch.log1p(rest), torch.log(total))
     spread = log_sum - dot / total if entropy else torch.zeros_like(total)
-    return torch.stack((gap - log_sum, spread, peak, log_sum)), p, z
+    stats = torch.stack((gap - log_sum, spread, peak.to(wide), log_sum))
+    return stats.to(x.dtype), p, z
 
 
 def logprob_fwd(

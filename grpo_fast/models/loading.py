@@ -77,13 +77,39 @@ def config_of(model: Any, init_kwargs: dict[str, Any] | None) -> Any:
     return AutoConfig.from_pretrained(model, **given)
 
 
-def load_processing(name_or_path: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+# keywords of from_pretrained that say which files are read, and whether their code is run
+_SOURCE = (
+    *("revision", "code_revision", "trust_remote_code", "token", "cache_dir"),
+    *("local_files_only", "force_download", "proxies"),
+)
+
+
+def tokenizer_kwargs(config: Any = None, init_kwargs: dict[str, Any] | None = None) -> dict:
+    """Keywords of from_pretrained with which a tokenizer is that of its model.
+
+    Args:
+        config: of a model that is loaded; the commit it came from is the revision.
+        init_kwargs: those that the model was or will be loaded with, which win.
+    """
+    commit = getattr(config, "_commit_hash", None)
+    known = {} if commit is None else {"revision": commit}
+    return {**known, **{k: v for k, v in (init_kwargs or {}).items() if k in _SOURCE}}
+
+
+def load_processing(
+    name_or_path: str, gguf_file: str | None = None, **source: Any
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer, with padding on the left and a pad token (the EOS when it has none).
+
+    Args:
+        name_or_path: a hub name or a folder.
+        gguf_file: a GGUF file in that place.
+        source: see `tokenizer_kwargs`.
 
     Raises:
         ValueError: the tokenizer has neither a pad token nor an EOS token.
     """
-    extra = {} if gguf_file is None else {"gguf_file": gguf_file}
+    extra = source if gguf_file is None else {"gguf_file": gguf_file, **source}
     tokenizer = AutoTokenizer.from_pretrained(name_or_path, padding_side="left", **extra)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:

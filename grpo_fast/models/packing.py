@@ -12,6 +12,7 @@ model's attention takes them, `shared_prompts.pack_segments` makes one row witho
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -91,6 +92,7 @@ def pack(
     pad_id: int,
     row_length: int | None,
     device: torch.device | str,
+    multiple: int = 1,
 ) -> PackedBatch:
     """Pack each prompt with its completion, longest first, into the first row with room.
 
@@ -109,6 +111,7 @@ def pack(
         row_length: tokens of a row that holds several sequences. None puts all into one row, for
             flash attention, which knows sequences in a single row only.
         device: where the tensors are made.
+        multiple: the tokens of a row are padded up to a multiple of it.
 
     Raises:
         ValueError: no sequences, unequal numbers of them, an empty prompt, or row_length < 1.
@@ -121,8 +124,8 @@ def pack(
     ]
     places, fills = _first_fit(lengths, row_length)
     width = max(1, *fills)
-    if row_length is not None and len(places) > len(fills):
-        width += -width % 16
+    unit = 16 if row_length is not None and len(places) > len(fills) else 1
+    width += -width % math.lcm(unit, multiple)
     input_ids = torch.full((len(fills), width), pad_id, dtype=torch.int64)
     position_ids = torch.arange(width).repeat(len(fills), 1)
     for row, start in sorted(places.values()):

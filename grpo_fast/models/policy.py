@@ -36,6 +36,8 @@ def attach(
 
     `model(input_ids=..., position_ids=..., head_fn=fn)` then returns `fn(hidden, head)` with
     hidden (R, L, H) in the dtype of the head weight; without `head_fn` the forward is as before.
+    With `router_fn` beside it a mixture of experts returns both `head_fn(hidden, head)` and
+    `router_fn(router_logits)`.
     The head is checked first (`check_head`). Attaching twice changes nothing; attach again after
     something else has replaced `forward` (Liger kernels do). Call it before Accelerate, DDP or
     FSDP take the model: under their autocast the check would see rounded logits.
@@ -47,11 +49,11 @@ def attach(
 
     Raises:
         ValueError: see `innermost`, `backbone`, `find_head` and `check_head`; or the config asks
-            for the router loss of a mixture of experts, which this forward does not return.
+            for the router logits of a mixture of experts, which `router_fn` alone is given.
     """
     lm = innermost(model)
     if getattr(lm.config.get_text_config(decoder=True), "output_router_logits", False):
-        hint = "the auxiliary router loss would be dropped."
+        hint = "router_aux_loss_coef asks for the router loss, which would be dropped here."
         fail("model", "config.output_router_logits=False", True, hint)
     override = {"softcap": softcap, "logit_scale": logit_scale}
     override = {name: float(value) for name, value in override.items() if value is not None}
@@ -163,12 +165,16 @@ def _through_head(
     if layout is not None and not takes_segments(lm):
         got = lm.config._attn_implementation
         fail("layout", "an attention implementation that takes segments", got)
+    router_fn = given.pop("router_fn", None)
+    if router_fn is not None:
+        given.update(output_router_logits=True, return_dict=True)
     with laid_out(layout):
-        hidden = backbone(lm)(*args, **given)[0]
+        out = backbone(lm)(*args, **given)
 
     def score(states: Tensor) -> Any:
         head = find_head(lm, partitioned=True)
         return head_fn(states.to(head.weight.dtype), head)
 
     module = lm.get_output_embeddings()
-    return as_forward_of(module, score, hidden) if is_unit(module) else score(hidden)
+    result = as_forward_of(module, score, out[0]) if is_unit(module) else score(out[0])
+    return result if router_fn is None else (result, router_fn(out.router_logits))

@@ -146,6 +146,7 @@ class Packer:
         native: the model's attention reads sequences in one row by itself without a mask, so that
             segments are only needed where a prompt is shared.
         reason: why the model does not take segments; empty where it does.
+        multiple: rows without segments are padded up to a multiple of it.
     """
 
     pad_id: int
@@ -155,6 +156,7 @@ class Packer:
     window: int | None = None
     native: bool = False
     reason: str = ""
+    multiple: int = 1
 
     def pack(
         self,
@@ -179,6 +181,7 @@ class Packer:
             completion_ids,
             pad_id=self.pad_id,
             row_length=self.row_length,
+            multiple=self.multiple,
             device=device,
         )
 

@@ -18,6 +18,8 @@ from .render import Render
 
 # bounds the activations of one forward; a generation batch may hold thousands of completions
 _ROWS = 32
+# keywords that say which files are read, and whether their code is run
+_SOURCE = ("revision", "code_revision", "trust_remote_code", "token", "cache_dir")
 
 
 class RewardModel:
@@ -32,7 +34,9 @@ class RewardModel:
         model: checkpoint folder or hub name, loaded with `num_labels=1`, or a model with one label.
         tokenizer: its tokenizer; None loads it from the checkpoint.
         device: where the model is moved; None leaves it where it is.
-        init_kwargs: keyword arguments of `from_pretrained` for a checkpoint.
+        init_kwargs: keyword arguments of `from_pretrained` for a checkpoint; its tokenizer is of
+            the same revision.
+        chat_template_kwargs: further arguments of the chat template.
 
     Raises:
         ValueError: for more than one label, a checkpoint without classifier weights (they would be
@@ -46,6 +50,7 @@ class RewardModel:
         *,
         device: torch.device | str | None = None,
         init_kwargs: dict[str, Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(model, str):
             model = _load(model, init_kwargs or {})
@@ -56,7 +61,9 @@ class RewardModel:
             fail("reward_funcs", "sequence classifiers with num_labels=1 as reward models", got)
         source = config.name_or_path
         self.__name__ = source.rstrip("/").split("/")[-1] or type(model).__name__
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(source)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(
+            source, **_of_tokenizer(config, init_kwargs or {})
+        )
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token is None:
                 got = f"none for reward model {self.__name__!r}"
@@ -64,14 +71,14 @@ class RewardModel:
             tokenizer.pad_token = tokenizer.eos_token
         # decoder classifiers find the last real token by this id
         config.pad_token_id = tokenizer.pad_token_id
-        self.tokenizer = tokenizer
+        self.tokenizer, self._template = tokenizer, chat_template_kwargs or {}
         self.model = model.eval() if device is None else model.eval().to(device)
 
     def __call__(self, prompts: list[Any], completions: list[Any]) -> list[float]:
         """One number per completion."""
         render = Render.of(self.model.config)
         pairs = zip(prompts, completions, strict=True)
-        rows = [render(self.tokenizer, *pair) for pair in pairs]
+        rows = [render(self.tokenizer, *pair, **self._template) for pair in pairs]
         rewards: list[float] = []
         for start in range(0, len(rows), _ROWS):
             rewards += self._score(rows[start : start + _ROWS], start)
@@ -94,6 +101,13 @@ class RewardModel:
             device = self.model.device
             out = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
             return out.logits[:, 0].float().tolist()
+
+
+def _of_tokenizer(config: Any, init_kwargs: dict[str, Any]) -> dict[str, Any]:
+    # the commit that the model came from, so that both are of one revision
+    commit = getattr(config, "_commit_hash", None)
+    known = {} if commit is None else {"revision": commit}
+    return {**known, **{k: v for k, v in init_kwargs.items() if k in _SOURCE}}
 
 
 def _load(name: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from torch import Tensor
 from grpo_fast.checks import nearest
 
 from .background import Background, Pending
+from .building import as_function, check_one_tokenizer
 from .calls import NOTICE, TIMEOUT, Call, contained, located
 from .checks import (
     check_kinds,
@@ -24,7 +25,6 @@ from .checks import (
     check_weights,
 )
 from .containment import copied, copied_state, cut_output, restored
-from .loading import PREFIXES, load_reward
 from .notes import Notes
 from .routes import COLUMN, routes
 
@@ -74,6 +74,7 @@ class RewardSet:
         notice: seconds after which a notice says that a function has not returned; repeated after
             twice as long each time.
         max_completion_length: tokens; given to functions that have a parameter of this name.
+        chat_template_kwargs: further arguments of the reward models' chat templates.
 
     Raises:
         ValueError: for no reward, a reward of an unknown kind, or lists of another length.
@@ -89,12 +90,14 @@ class RewardSet:
         timeout: float | None = TIMEOUT,
         notice: float = NOTICE,
         max_completion_length: int | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> None:
         rewards = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
         if not rewards or rewards == [None]:
             raise ValueError("reward_funcs: expected at least one reward, got none.")
         if not isinstance(reward_processing_classes, (list, tuple)):
             reward_processing_classes = [reward_processing_classes] * len(rewards)
+            check_one_tokenizer(reward_processing_classes[0], rewards)
         if len(reward_processing_classes) != len(rewards):
             raise ValueError(
                 f"reward_processing_classes: expected {len(rewards)}, one per reward, got "
@@ -104,7 +107,7 @@ class RewardSet:
         check_kinds(rewards)
         check_limit("reward_timeout", timeout)
         self._functions = [
-            _as_function(reward, tokenizer, device, init_kwargs)
+            as_function(reward, tokenizer, device, init_kwargs, chat_template_kwargs)
             for reward, tokenizer in zip(rewards, reward_processing_classes, strict=True)
         ]
         self.names = _unique([_name(function) for function in self._functions])
@@ -115,6 +118,11 @@ class RewardSet:
         self._background: Background | None = None
         self._warned = False
         self._said: set[str] = set()
+
+    @property
+    def functions(self) -> list[Any]:
+        """What scores: functions, and reward models as functions."""
+        return list(self._functions)
 
     def check_columns(self, columns: Iterable[str], complete: bool = True) -> None:
         """Refuse, before any work, a dataset whose columns do not fit the reward functions.
@@ -360,18 +368,3 @@ def _unique(names: list[str]) -> list[str]:
             candidate = f"{name}_{number}"
         result.append(candidate)
     return result
-
-
-def _as_function(
-    reward: Any,
-    tokenizer: Any,
-    device: torch.device | str | None,
-    init_kwargs: dict[str, Any] | None,
-) -> Callable[..., Any]:
-    if isinstance(reward, str) and reward.startswith(PREFIXES):
-        return load_reward(reward)
-    if isinstance(reward, (str, torch.nn.Module)):
-        from .model import RewardModel
-
-        return RewardModel(reward, tokenizer, device=device, init_kwargs=init_kwargs)
-    return reward

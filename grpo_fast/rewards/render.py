@@ -40,8 +40,10 @@ class Render:
         """Write the settings into a model's configuration."""
         setattr(config, KEY, asdict(self))
 
-    def __call__(self, tokenizer: Any, prompt: Any, completion: Any) -> list[int]:
+    def __call__(self, tokenizer: Any, prompt: Any, completion: Any, **template: Any) -> list[int]:
         """Token ids of one prompt with one completion, both texts or both lists of messages.
+
+        template: further arguments of the chat template.
 
         Raises:
             ValueError: nothing is left to read, or more than `max_length` tokens.
@@ -49,7 +51,11 @@ class Render:
         if isinstance(prompt, str):
             text = prompt + completion
         else:
-            text = tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+            if prompt and prompt[-1]["role"] == "assistant":
+                # the completion repeats the turn that the prompt begins
+                prompt = prompt[:-1]
+            messages = [*prompt, *completion]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **template)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         end = tokenizer.eos_token_id
         if self.append_eos and end is not None and ids[-1:] != [end]:

@@ -19,6 +19,7 @@ from .memory_options import MemoryOptions
 from .replay_options import ReplayOptions
 from .reward_options import RewardOptions
 from .sampling_options import SamplingOptions
+from .trl_options import TRLOptions
 
 
 @dataclass
@@ -30,6 +31,7 @@ class GRPOConfig(
     KLOptions,
     ReplayOptions,
     MemoryOptions,
+    TRLOptions,
     TrainingArguments,
 ):
     """Arguments of `GRPOTrainer`.
@@ -113,6 +115,7 @@ class GRPOConfig(
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
                 fail(name, "a dict or a JSON object", repr(value))
+        self.check_trl()
         self._check_integers()
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self.check_forward()

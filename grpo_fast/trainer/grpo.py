@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from grpo_fast.models.head import evaluating
 from grpo_fast.models.packing import PackedBatch, completion_logprobs
 from grpo_fast.models.policy import attach
 from grpo_fast.models.reference import ReferencePolicy
+from grpo_fast.models.router import router_coefficient
 from grpo_fast.models.sharding import reshard
 from grpo_fast.models.shared_prompts import packer_of
 from grpo_fast.rollout.rollouts import Rollouts
@@ -34,9 +36,10 @@ from .kl import approximate_kl
 from .kl_reward import with_kl
 from .loop import Example, StepCallback
 from .memory import watch_memory
+from .prompts import encode_prompt
 from .replay import GroupReplay
 from .reporting import CORRECTED, MetricsFile, Progress
-from .sampler import check_prompts, is_conversational
+from .sampler import check_prompts
 from .samplers import (
     agreement,
     agrees,
@@ -54,12 +57,15 @@ from .setup import (
     rewards_of,
     tokenizer_of,
 )
+from .streams import without_streams
+from .trl_names import TRLNames
+from .trl_options import check_further
 from .window import MicroBatch, flat, mask_of
 
 logger = logging.get_logger(__name__)
 
 
-class GRPOTrainer(ScoredTrainer):
+class GRPOTrainer(TRLNames, ScoredTrainer):
     """Trains a causal language model with GRPO on rewards of its own completions.
 
     A window is sampled for `steps_per_generation` micro-batches and used `num_iterations` times.
@@ -81,11 +87,13 @@ class GRPOTrainer(ScoredTrainer):
         model: checkpoint name or path, a causal `PreTrainedModel`, or a `PeftModel`.
         reward_funcs: one or more of: function (TRL's convention), reward model, checkpoint name.
         args: `GRPOConfig`.
-        train_dataset: map-style rows with `prompt`, text or messages; rewards get all columns.
+        train_dataset: rows with `prompt`, text or messages; rewards get all columns. Of a stream as
+            many are read as `max_steps` needs.
         eval_dataset: the same, or a dict of them.
         processing_class: tokenizer; default: the one of the model.
         reward_processing_classes: tokenizers of the reward models.
         callbacks, optimizers: as for `Trainer`.
+        quantization_config, tools, environment_factory: TRL's, refused by name.
         peft_config: wraps the model in an adapter; the reference is then the model without it.
         rollout_func: samples in place of `args.sampler`, several turns and tools too; see
             `samplers.from_function`.
@@ -102,7 +110,7 @@ class GRPOTrainer(ScoredTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        reward_funcs: Any,
+        reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -110,10 +118,16 @@ class GRPOTrainer(ScoredTrainer):
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
+        tools: Any = None,
         rollout_func: Any = None,
+        environment_factory: Any = None,
     ) -> None:
+        refused = {"tools": tools, "environment_factory": environment_factory}
+        check_further(quantization_config=quantization_config, **refused)
         args = GRPOConfig(output_dir="grpo-output") if args is None else args
+        train_dataset, eval_dataset = without_streams(args, train_dataset, eval_dataset)
         datasets = check_arguments(args, train_dataset, eval_dataset, model, peft_config)
         tokenizer = tokenizer_of(model, processing_class, args)
         self.check_sources(model, tokenizer, args)
@@ -125,6 +139,7 @@ class GRPOTrainer(ScoredTrainer):
         self.loss_config, self.rollout_func = args.loss_config(), rollout_func
         self.generation_config, self.eos_ids = generation_of(args, model, tokenizer)
         self.processing_class, self.args = tokenizer, args
+        self.router_coef = router_coefficient(model, args.router_aux_loss_coef)
         room = prompt_room(model, args)
         digests = {n: check_prompts(n, d, self.encode, room) for n, d in datasets.items()}
         self.data_digest = digests.get("train_dataset")
@@ -167,7 +182,8 @@ class GRPOTrainer(ScoredTrainer):
         self.check_engine()
         attach(self.model)
         share = self.args.share_prompts
-        self.packer = packer_of(self.model, self.processing_class.pad_token_id, share)
+        packer = packer_of(self.model, self.processing_class.pad_token_id, share)
+        self.packer = replace(packer, multiple=self.args.row_multiple)
         if share and self.packer.reason and self.is_world_process_zero():
             logger.warning("Prompts are computed once per completion: %s.", self.packer.reason)
         peft = hasattr(self.model, "peft_config")
@@ -180,17 +196,7 @@ class GRPOTrainer(ScoredTrainer):
 
     def encode(self, prompt: Any) -> list[int]:
         """Token ids of a prompt, through the chat template when it is a list of messages."""
-        if not is_conversational(prompt):
-            return self.processing_class(prompt)["input_ids"]
-        answered = prompt[-1]["role"] == "assistant"
-        return self.processing_class.apply_chat_template(
-            prompt,
-            tokenize=True,
-            return_dict=False,
-            add_generation_prompt=not answered,
-            continue_final_message=answered,
-            **(self.args.chat_template_kwargs or {}),
-        )
+        return encode_prompt(self.processing_class, prompt, self.args.chat_template_kwargs or {})
 
     def generate(self, examples: list[Example], num_generations: int) -> Rollouts:
         """Stage 1: sample `num_generations` completions of each example's prompt, in order."""
@@ -261,6 +267,8 @@ class GRPOTrainer(ScoredTrainer):
         needs = (
             self.reference is not None
             or self.replay is not None
+            or self.router_coef != 0
+            or self.entropy.on
             or self.step_kl is not None
             or config.beta != 0
             or config.entropy_coef != 0
@@ -298,7 +306,7 @@ class GRPOTrainer(ScoredTrainer):
         def head_fn(hidden: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
             return self.policy_loss(packed.select(hidden), head, micro)
 
-        return model(**packed.inputs(), head_fn=head_fn)
+        return self.with_router_loss(model, packed, head_fn)
 
     def policy_loss(
         self, hidden: Tensor, head: Any, micro: MicroBatch

@@ -16,13 +16,16 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from grpo_fast.config import LossConfig
 from grpo_fast.models.head import evaluating
+from grpo_fast.models.packing import PackedBatch
 from grpo_fast.models.reference import ReferencePolicy
+from grpo_fast.models.router import router_loss_of
 from grpo_fast.models.sharding import reshard
 from grpo_fast.objective import weights
 from grpo_fast.rewards.containment import generators_kept
 from grpo_fast.rollout.rollouts import Sampler
 
 from .completions import CompletionLog
+from .entropy import EntropyBonus
 from .kl import KLController, KLStop, StepKL, make_controller
 from .metrics import MEANS, Metrics
 from .resume import ResumableTrainer
@@ -62,6 +65,7 @@ class RolloutTrainer(ResumableTrainer):
     # what a subclass sets before `train`
     sampler: Sampler
     reference: ReferencePolicy | None = None
+    router_coef: float = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -70,12 +74,16 @@ class RolloutTrainer(ResumableTrainer):
         self.metrics = Metrics(self.args.device, self.token_means)
         self.completions, self.eval_completions = CompletionLog(), CompletionLog()
         self.stateful.update(window=self.window, metrics=self.metrics, completions=self.completions)
+        self.entropy = EntropyBonus(self.args)
+        if self.entropy.adaptive:
+            self.stateful["entropy"] = self.entropy
         self._control_kl()
 
     @property
     def token_means(self) -> tuple[str, ...]:
         """Means over tokens that `loss` returns and that are logged."""
-        return (*MEANS, *(("approx_kl",) if self.args.logs_approx_kl else ()))
+        further = ("approx_kl",) if self.args.logs_approx_kl else ()
+        return (*MEANS, *further, *(("aux_loss",) if self.router_coef else ()))
 
     def _control_kl(self) -> None:
         args, stopped = self.args, self.args.target_kl is not None
@@ -110,6 +118,21 @@ class RolloutTrainer(ResumableTrainer):
     def loss(self, model: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """One forward through the wrapped model -> (loss, metrics of the loss)."""
         raise NotImplementedError
+
+    def with_router_loss(
+        self, model: nn.Module, packed: PackedBatch, head_fn: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One packed forward whose loss has the router loss of its experts, where there is one.
+
+        loss + router_coef * router loss / micro-batches of the optimizer step, as in TRL.
+        """
+        if not self.router_coef:
+            return model(**packed.inputs(), head_fn=head_fn)
+        router_fn = router_loss_of(self.model, packed)
+        out = model(**packed.inputs(), head_fn=head_fn, router_fn=router_fn)
+        (loss, metrics), aux = out
+        steps = self.current_gradient_accumulation_steps if torch.is_grad_enabled() else 1
+        return loss + self.router_coef * aux / steps, {**metrics, "aux_loss": aux.detach()}
 
     def named(self, values: dict[str, float], evaluate: bool = False) -> dict[str, float]:
         """What `Metrics.reduce` returned, under the names that are logged."""
@@ -161,6 +184,8 @@ class RolloutTrainer(ResumableTrainer):
                     self.kl_stop.new_window()
             micro_batches.append(self.window.next())
         denominators = self.denominators(micro_batches)
+        masks = [micro.trained for micro in micro_batches]
+        self.entropy.begin(self.loss_config, masks, denominators, self.accelerator)
         pairs = zip(micro_batches, denominators, strict=True)
         # the second value only tells Trainer that the loss is scaled already
         return [replace(micro, denominator=d) for micro, d in pairs], torch.ones((), device=device)
@@ -171,20 +196,18 @@ class RolloutTrainer(ResumableTrainer):
         DDP averages gradients over the ranks, hence the division by their number. bnpo is local to
         a micro-batch and averaged over the micro-batches that there are.
         """
-        counts = []
-        for micro in micro_batches:
-            packed, mask = micro.packed, micro.mask
-            if micro.count is not None:
-                counts.append(micro.count.float())
-                continue
-            mask = torch.ones_like(packed.ids, dtype=torch.bool) if mask is None else mask
-            counts.append(weights.count(self.loss_config, mask, packed.cu_seqlens).float())
+        counts = [self._counted(micro) for micro in micro_batches]
         if not self.loss_config.preset.window:
             return [count.clamp(min=1) * len(counts) for count in counts]
         if not counts:
             return []
         total = self.accelerator.reduce(torch.stack(counts).sum(), "sum")
         return [total / self.accelerator.num_processes] * len(counts)
+
+    def _counted(self, micro: MicroBatch) -> Tensor:
+        if micro.count is not None:
+            return micro.count.float()
+        return weights.count(self.loss_config, micro.trained, micro.packed.cu_seqlens).float()
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:
         return inputs
@@ -199,6 +222,7 @@ class RolloutTrainer(ResumableTrainer):
         """The `loss` stage, its metrics kept on the device."""
         loss, metrics = self.loss(model, inputs)
         self.metrics.add_tokens(metrics)
+        self.entropy.add(loss, metrics)
         if self.step_kl is not None:
             self.step_kl.add(metrics, inputs.packed.cu_seqlens.numel() - 1)
         return (loss, metrics) if return_outputs else loss
@@ -210,11 +234,14 @@ class RolloutTrainer(ResumableTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def current_loss_config(self) -> LossConfig:
-        """The loss of this step: with the coefficient of a controller that moves beta."""
+        """The loss of this step: with the coefficients of its entropy and of a moving beta."""
+        config = self.loss_config
+        if self.entropy.on:
+            config = replace(config, entropy_coef=self.entropy.coefficient_of_step)
         in_loss = self.args.kl_coefficient[0] == "beta" and not self.args.kl_in_reward
         if self.args.kl_controller == "fixed" or not in_loss:
-            return self.loss_config
-        return replace(self.loss_config, beta=self.kl.coefficient)
+            return config
+        return replace(config, beta=self.kl.coefficient)
 
     def before_step(self) -> None:
         """Judge the KL of the coming optimizer step, whose gradients are complete.
@@ -222,6 +249,9 @@ class RolloutTrainer(ResumableTrainer):
         A step that is dropped has no gradient: the optimizer, its moments and its weight decay
         leave every weight as it is, while the schedule and all counters go on.
         """
+        policy_loss = self.entropy.end(self.accelerator)
+        if policy_loss is not None:
+            self.metrics.add("policy_loss", policy_loss)
         sums = None if self.step_kl is None else self.step_kl.take(self.accelerator)
         if self.kl_stop is not None:
             tokens = max(sums["tokens"], 1.0) if sums else 1.0
@@ -279,6 +309,7 @@ class RolloutTrainer(ResumableTrainer):
                 for micro in self.prepare(fresh, evaluate=True):
                     if not counts:
                         micro.mask = torch.zeros_like(micro.packed.ids, dtype=torch.bool)
+                    self.entropy.begin(self.loss_config, [micro.trained], [self._counted(micro)])
                     with self.accelerator.autocast():
                         loss, values = self.loss(self.model, micro)
                     reshard(self.model)
@@ -289,6 +320,7 @@ class RolloutTrainer(ResumableTrainer):
                 )
         values = self.named(metrics.reduce(self.accelerator), evaluate=True)
         named = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        named |= self.entropy.logs(named, f"{metric_key_prefix}_")
         return EvalLoopOutput(None, None, named, len(dataloader.dataset))
 
 

@@ -90,6 +90,9 @@ class LossOptions:
         """The loss these arguments describe; `LossConfig` owns its defaults and its checks."""
         if self.head_sharding not in (None, "vocabulary"):
             fail("head_sharding", "None or 'vocabulary'", repr(self.head_sharding))
+        if self.loss_type == "vespo" and self.importance_sampling_level == "token":
+            # TRL's default, of which it takes no notice there: the weight is one of the sequence
+            self.importance_sampling_level = None
         shared = [f.name for f in fields(LossConfig) if f.name in type(self).__dataclass_fields__]
         given = {name: getattr(self, name) for name in shared}
         if self.kl_in_reward is True:

@@ -47,7 +47,8 @@ def loading_of(args: GRPOConfig, peft_config: Any) -> dict[str, Any]:
     Raises:
         ValueError: `quantization` without an adapter.
     """
-    options = dict(args.model_init_kwargs or {})
+    trust = {"trust_remote_code": True} if args.trust_remote_code else {}
+    options = {**trust, **(args.model_init_kwargs or {})}
     named = "dtype" in options or "torch_dtype" in options
     if peft_config is not None and args.bf16 and not named:
         options["dtype"] = torch.bfloat16

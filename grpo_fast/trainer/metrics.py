@@ -12,7 +12,7 @@ from torch import Tensor
 # the loss's means over tokens, its counts, and extrema as the largest value of sign * metric
 MEANS = ("kl", "entropy", "clip_low", "clip_high", "clip_ratio", "ratio_mean")
 # those that a trainer adds where it takes them
-FURTHER_MEANS = ("approx_kl", "kl_to_old", "value_loss", "value_clip_ratio")
+FURTHER_MEANS = ("approx_kl", "kl_to_old", "value_loss", "value_clip_ratio", "aux_loss")
 COUNTS = ("tokens", "active_rows", "nonfinite_tokens", "clamped_ratios")
 EXTREMA = (("clip_low", -1.0), ("clip_high", 1.0), ("ratio_min", -1.0), ("ratio_max", 1.0))
 

@@ -326,7 +326,7 @@ class PPOTrainer(GRPOTrainer):
                 actor = 0.0 * actor
             return actor + self.args.vf_coef * value, {**metrics, **own}
 
-        return model(**packed.inputs(), head_fn=head_fn)
+        return self.with_router_loss(model, packed, head_fn)
 
     @property
     def warming_up(self) -> bool:

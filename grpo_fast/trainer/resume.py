@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -18,6 +19,7 @@ from . import checkpoint
 from .checkpoint import Stateful
 from .config import GRPOConfig
 from .folder import run_folder
+from .identity import code_digest, columns_digest
 from .sharding import ShardedTrainer
 from .stopping import Stopping
 
@@ -89,6 +91,13 @@ class ResumableTrainer(ShardedTrainer):
         "repetition_penalty",
         "generation_kwargs",
         "chat_template_kwargs",
+        "use_adaptive_entropy",
+        "entropy_coef_min",
+        "entropy_coef_max",
+        "entropy_coef_delta",
+        "entropy_target",
+        "router_aux_loss_coef",
+        "cast_lm_head_to_fp32",
         "mask_truncated_completions",
         "multi_objective_aggregation",
         "sync_ref_model",
@@ -143,9 +152,14 @@ class ResumableTrainer(ShardedTrainer):
             "advantages": self.args.estimator,
             "model": checkpoint.model_digest(self.model),
             "train_dataset": [len(self.train_dataset), self.data_digest],
+            "train_dataset columns": self._columns,
             "ranks": self.accelerator.num_processes,
             "engine": self.engine,
         }
+
+    @functools.cached_property
+    def _columns(self) -> str:
+        return columns_digest(self.train_dataset)
 
     def _defaults(self) -> dict[str, Any]:
         """What a checkpoint computed with where it is older than an option of the fingerprint."""
@@ -157,6 +171,7 @@ class ResumableTrainer(ShardedTrainer):
         # they were not recorded before 2026-11-27, and nobody left them at their defaults
         known |= {name: getattr(self.args, name) for name in _OPTIMIZER}
         known["engine"] = None
+        known["train_dataset columns"] = self._columns
         return {**known, **{f"loss.{f.name}": f.default for f in fields(self.loss_config)}}
 
     def _reset_run(self) -> None:
@@ -214,7 +229,9 @@ class ResumableTrainer(ShardedTrainer):
 
     def _followed(self) -> dict[str, Any]:
         """Arguments that may differ from those of the run that is continued."""
-        return {name: getattr(self.args, name, None) for name in _FOLLOWED}
+        rewards = getattr(self, "rewards", None)
+        code = {} if rewards is None else {"code of the rewards": code_digest(rewards.functions)}
+        return {**{name: getattr(self.args, name, None) for name in _FOLLOWED}, **code}
 
     def _finished(self, folder: Path) -> TrainOutput | None:
         """The state and the weights of a run that has no step left; None when there is one."""

@@ -130,7 +130,9 @@ def is_conversational(prompt: Any) -> bool:
 def _prompt_problem(prompt: Any) -> tuple[str, str] | None:
     """What was expected of a prompt and what came; None where nothing is wrong."""
     if isinstance(prompt, str):
-        return None if prompt else ("prompts of at least one character", "an empty string")
+        if not prompt:
+            return "prompts of at least one character", "an empty string"
+        return _surrogate(prompt)
     if not isinstance(prompt, (list, tuple)) or not prompt:
         return "prompts that are a string or a list of messages", f"{prompt!r:.80}"
     for message in prompt:
@@ -138,6 +140,18 @@ def _prompt_problem(prompt: Any) -> tuple[str, str] | None:
             return "messages with 'role' and 'content'", f"{message!r:.80}"
         if not isinstance(message["content"], str):
             return "messages whose content is text", f"{message!r:.80}"
+        problem = _surrogate(message["content"])
+        if problem is not None:
+            return problem
+    return None
+
+
+def _surrogate(text: str) -> tuple[str, str] | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got = f"half of a surrogate pair at character {error.start}"
+        return "text that UTF-8 can say", got
     return None
 
 

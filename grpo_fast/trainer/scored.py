@@ -17,6 +17,7 @@ from grpo_fast.rollout.rollouts import Rollouts
 from .active import forward_share
 from .loop import Example, RolloutTrainer
 from .metrics import Metrics, add_rollouts, loss_metrics
+from .prompts import texts_of
 from .record import completion_of, table_of
 from .replay import GroupReplay, mix
 from .samplers import together
@@ -165,4 +166,4 @@ class ScoredTrainer(RolloutTrainer):
         return {**named, **loss_metrics(values, self.loss_config.loss_type, kl, ratios)}
 
     def _texts(self, rollouts: Rollouts) -> list[str]:
-        return self.processing_class.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
+        return texts_of(self.processing_class, rollouts.completion_ids)

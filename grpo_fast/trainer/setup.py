@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from grpo_fast.checks import ArgumentError, fail
 from grpo_fast.models.head import innermost
-from grpo_fast.models.loading import load_policy, load_processing
+from grpo_fast.models.head_precision import cast_head_to_fp32
+from grpo_fast.models.loading import load_policy, load_processing, tokenizer_kwargs
 from grpo_fast.models.rope import shared_limit
 from grpo_fast.rewards import RewardSet
 
@@ -109,7 +112,10 @@ def tokenizer_of(
         name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
         if not name:
             fail("processing_class", "a tokenizer for a model without a checkpoint", None)
-        return load_processing(name, gguf_file=(args.model_init_kwargs or {}).get("gguf_file"))
+        init_kwargs = init_kwargs_of(args)
+        source = tokenizer_kwargs(getattr(model, "config", None), init_kwargs)
+        with _reading(name):
+            return load_processing(name, gguf_file=init_kwargs.get("gguf_file"), **source)
     if not isinstance(processing_class, PreTrainedTokenizerBase):
         fail("processing_class", "a tokenizer", type(processing_class).__name__)
     if processing_class.pad_token_id is None:
@@ -120,12 +126,20 @@ def tokenizer_of(
     return processing_class
 
 
+def init_kwargs_of(args: GRPOConfig) -> dict[str, Any]:
+    """Keywords of from_pretrained for the policy."""
+    trust = {"trust_remote_code": True} if args.trust_remote_code else {}
+    return {**trust, **(args.model_init_kwargs or {})}
+
+
 def policy_of(model: Any, args: GRPOConfig, peft_config: Any) -> nn.Module:
     """The policy, loaded when a name was given, in its adapter when peft_config was."""
     loaded = isinstance(model, str)
     if loaded:
-        with loaded_whole(args):
+        with loaded_whole(args), _reading(model):
             model = load_policy(model, **loading_of(args, peft_config))
+    if args.cast_lm_head_to_fp32:
+        cast_head_to_fp32(model)
     if args.disable_dropout:
         disable_dropout(model)
     if peft_config is not None:
@@ -134,7 +148,23 @@ def policy_of(model: Any, args: GRPOConfig, peft_config: Any) -> nn.Module:
         model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             disable_dropout(model)
-    return hold(model, args, loaded)
+    model = hold(model, args, loaded)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        expected = "at least one parameter that is trained"
+        fail("model", expected, "none with requires_grad", "pass a peft_config, or unfreeze some.")
+    return model
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    # transformers says that a checkpoint is not there, or no such thing, in many words
+    try:
+        yield
+    except OSError as error:
+        expected = "a folder or a hub name of a causal language model with its tokenizer"
+        said = str(error).strip().splitlines()
+        reason = said[0].rstrip(".") if said else type(error).__name__
+        raise ArgumentError("model", expected, repr(name), f"{reason}.") from error
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -190,7 +220,9 @@ def rewards_of(
     complete: bool = True,
 ) -> RewardSet:
     """The rewards of a run, whose columns every dataset has; complete: as in `check_columns`."""
-    init_kwargs = {k: v for k, v in (args.model_init_kwargs or {}).items() if k != "gguf_file"}
+    # what names a place in the policy's repository says nothing of another one
+    own = ("gguf_file", "revision", "code_revision", "subfolder")
+    init_kwargs = {k: v for k, v in init_kwargs_of(args).items() if k not in own}
     rewards = RewardSet(
         reward_funcs,
         processing_classes,
@@ -199,6 +231,7 @@ def rewards_of(
         init_kwargs,
         timeout=args.reward_timeout,
         max_completion_length=args.max_completion_length,
+        chat_template_kwargs=args.chat_template_kwargs,
     )
     for dataset in datasets.values():
         columns = column_names(dataset)

@@ -52,6 +52,13 @@ class MicroBatch:
     denominator: Tensor | None = None
     count: Tensor | None = None
 
+    @property
+    def trained(self) -> Tensor:
+        """(N,) bool, the tokens that count."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones_like(self.packed.ids, dtype=torch.bool)
+
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on another device."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -20,6 +20,7 @@ MANY_PARAMETERS = {
     "grpo_fast/objective/objectives.py:token_loss": "a kernel compiles it",
     "grpo_fast/rewards/code.py:code_reward": "one keyword for each option of rule:code",
     "grpo_fast/rewards/judge.py:judge_reward": "one keyword for each option of rule:judge",
+    "grpo_fast/trainer/grpo.py:__init__": "the arguments of TRL's trainer, in its order",
 }
 
 
