@@ -305,8 +305,9 @@ class GRPOTrainer(RolloutTrainer):
         # a rank's share may begin and end inside a group; runs of one prompt are multiples of this
         repeat = math.gcd(num_generations, len(examples))
         self._extras, self._metrics_in_use = {}, metrics
-        # ranks evaluate unequal numbers of batches: only in training are they here together
-        together = (lambda _, stage: stage()) if evaluate else self.on_every_rank
+        # without an engine ranks evaluate unequal numbers of batches, and are not here together
+        alone = evaluate and self.engine is None
+        together = (lambda _, stage: stage()) if alone else self.on_every_rank
         rollouts = together("sampling", lambda: self.generate(examples[::repeat], repeat))
         if rollouts.version is None:
             rollouts.version = self.state.global_step
