@@ -194,8 +194,8 @@ def _worker(folder: str) -> None:
     from transformers import AutoConfig
 
     from grpo_fast.trainer.config import GRPOConfig
-    from grpo_fast.trainer.grpo import GRPOTrainer
     from grpo_fast.trainer.curves import Curves
+    from grpo_fast.trainer.grpo import GRPOTrainer
 
     job = json.loads(Path(folder, "job.json").read_text())
     setup = Setup(**job["setup"])

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint
-from .record import as_text
 from .completions import plain
+from .record import as_text
 
 _COLUMNS = (
     ("judge_before", "judge, before"),
