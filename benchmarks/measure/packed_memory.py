@@ -1,7 +1,8 @@
 """Peak memory of a packed forward and backward over its tokens, on a CPU: masks against segments.
 
 `python -m benchmarks.measure.packed_memory` runs each point in a process of its own, on a tiny
-random Llama, and writes `benchmarks/results/packed-memory.json` and the plot in `docs/images/`.
+random Llama, and writes `benchmarks/results/packing/packed-memory.json` and the plot in
+`docs/images/`.
 
 A group is a prompt of T / 2 tokens with four completions of T / 8: T tokens where the prompt is
 shared. What is measured is the peak resident memory above that of the same process before.
@@ -24,7 +25,7 @@ LAYOUTS = {
     "mask": "one row of transformers, with its mask",
 }
 _ROOT = Path(__file__).resolve().parents[2]
-RESULT = _ROOT / "benchmarks" / "results" / "packed-memory.json"
+RESULT = _ROOT / "benchmarks" / "results" / "packing" / "packed-memory.json"
 PICTURE = _ROOT / "docs" / "images" / "packed-memory.png"
 
 

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.measure.shared_prompts LAYERS` trains the first layers of
 SmolLM2-135M-Instruct, which has 30, on a CPU with one prompt of 512 tokens and eight completions of
-64, and writes `benchmarks/results/shared-prompts.json` and
+64, and writes `benchmarks/results/packing/shared-prompts.json` and
 `shared-prompts.md`. Contestants take turns in one process, and what is counted is its CPU time, so
 that other work on the machine changes little. What a step holds: `benchmarks/measure/step.py`.
 TRL is a contestant where it can be imported.
@@ -35,7 +35,7 @@ CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "TRL": ("TRL", {}),
 }
 WARM_UP, ROUNDS = 1, 1
-_RESULTS = Path(__file__).resolve().parents[1] / "results"
+_RESULTS = Path(__file__).resolve().parents[1] / "results" / "packing"
 
 
 def first_layers(layers: int, folder: str) -> Path:

@@ -116,6 +116,7 @@ class GRPOConfig(
             if value is not None and not isinstance(value, dict):
                 fail(name, "a dict or a JSON object", repr(value))
         self.check_trl()
+        self.loss_config()
         self._check_integers()
         self.num_generations_eval = self.num_generations_eval or self.num_generations
         self.check_forward()
@@ -124,6 +125,7 @@ class GRPOConfig(
         self.check_rewards()
         self.check_advantages()
         self._check_batches()
+        # may set a field of the loss
         self.check_replay()
         self.loss_config()
         self.check_kl()

@@ -62,15 +62,16 @@ class ScoredTrainer(RolloutTrainer):
         def sample() -> Rollouts:
             return self.generate(examples[::repeat], repeat)
 
-        # ranks evaluate unequal numbers of batches: only in training are they here together
-        rollouts = sample() if evaluate else together(self.accelerator, sample)
+        # without an engine ranks evaluate unequal numbers of batches, and are not here together
+        alone = evaluate and self.engine is None
+        rollouts = sample() if alone else together(self.accelerator, sample)
         if rollouts.version is None:
             rollouts.version = self.state.global_step
 
         def score() -> Tensor:
             return self.score(examples, rollouts)
 
-        rewards = score() if evaluate else self.on_every_rank("a reward", score)
+        rewards = score() if alone else self.on_every_rank("a reward", score)
         columns = (
             rollouts.lengths,
             rollouts.truncated,

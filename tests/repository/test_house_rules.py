@@ -18,6 +18,7 @@ MANY_PARAMETERS = {
     "grpo_fast/engine/torch_backend.py:policy": "stands in for the kernels' launcher",
     "grpo_fast/engine/torch_backend.py:token_terms": "stands in for the kernels' row",
     "grpo_fast/objective/objectives.py:token_loss": "a kernel compiles it",
+    "tests/support/sharded_worker.py:train": "one keyword for each option of a run",
     "grpo_fast/rewards/code.py:code_reward": "one keyword for each option of rule:code",
     "grpo_fast/rewards/judge.py:judge_reward": "one keyword for each option of rule:judge",
     "grpo_fast/trainer/grpo.py:__init__": "the arguments of TRL's trainer, in its order",

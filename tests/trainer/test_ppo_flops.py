@@ -11,8 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_fast.models.critic import without_critic
 from grpo_fast.models.head import backbone
+from grpo_fast.models.segments import laid_out
 
 H, V = 32, len(VOCAB)
+
+
+
+def body(model, packed):
+    """A backbone on packed sequences."""
+    with laid_out(packed.layout):
+        return model(**packed.body_inputs())
 
 
 def counted(call) -> int:
@@ -46,7 +54,7 @@ def test_products_of_a_step(tmp_path, detach):
     run, micro = caught(tmp_path, value_detach=detach)
     packed = micro.packed
     n = packed.ids.numel()
-    alone = counted(lambda: packed.select(backbone(run.model)(**packed.inputs())[0]))
+    alone = counted(lambda: packed.select(body(backbone(run.model), packed)[0]))
     total = counted(lambda: run.loss(run.model, micro)[0])
     value = (4 if detach else 6) * n * H
     head = total - alone - value
@@ -60,7 +68,7 @@ def test_products_of_the_measuring(tmp_path):
     packed = micro.packed
     n = packed.ids.numel()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        backbone(run.model)(**packed.inputs())
+        body(backbone(run.model), packed)
     alone = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         run.measure(micro, True)
@@ -72,7 +80,7 @@ def test_a_separate_critic_costs_its_own_backbone(tmp_path):
     """Exactly one more forward and backward of a backbone than the policy loss alone."""
     run, micro = caught(tmp_path, critic="separate")
     packed = micro.packed
-    alone = counted(lambda: packed.select(run.critic.body(**packed.inputs())[0]))
+    alone = counted(lambda: packed.select(body(run.critic.body, packed)[0]))
     total = counted(lambda: run.loss(run.model, micro)[0])
 
     def policy(hidden, head):

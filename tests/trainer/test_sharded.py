@@ -160,7 +160,7 @@ def test_ddp_that_poses_as_fsdp_is_refused(folder):
 def test_a_reward_that_raises_on_one_rank_ends_all_of_them(folder):
     """Within seconds, with the cause on the rank that has it, and the checkpoints before it."""
     place = folder / "failed"
-    run = {"folder": str(place), **RUNS["whole"], "kind": "failing"}
+    run = {"folder": str(place), **RUNS["whole"], "kind": "failing", "eval_strategy": "no"}
     (first, said), (second, cause) = launch(
         "sharded_worker.py", "fsdp", json.dumps([run]), timeout=200
     )
