@@ -143,6 +143,7 @@ class ScoredTrainer(RolloutTrainer):
         closing = "train_runtime" in logs and self.metrics.host
         if "loss" in logs or closing:
             logs = {**self.named(self.metrics.reduce(self.accelerator)), **logs}
+            logs |= self.entropy.logs(logs)
             self.metrics.reset()
             if self.args.log_completions:
                 folder = Path(self.args.output_dir) / "completions"

@@ -133,10 +133,6 @@ class TRLNames:
         self.check_unchanged()
         return super().train(*args, **kwargs)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer's, with the keys of the entropy bonus."""
-        super().log({**logs, **self.entropy.logs(logs)}, start_time)
-
     def check_unchanged(self) -> None:
         """Refuse an option of the arguments that was set after the trainer was built from it."""
         now = _own_options(self.args)

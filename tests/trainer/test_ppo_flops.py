@@ -16,7 +16,6 @@ from grpo_fast.models.segments import laid_out
 H, V = 32, len(VOCAB)
 
 
-
 def body(model, packed):
     """A backbone on packed sequences."""
     with laid_out(packed.layout):

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from grpo_fast.models.loading import tokenizer_kwargs
 from grpo_fast.rewards import RewardSet
 from grpo_fast.rewards.model import RewardModel
+from grpo_fast.rewards.render import Render
 from grpo_fast.trainer.prompts import encode_prompt, texts_of
 
 PAD, EOS, UNK = 0, 1, 2
@@ -88,8 +89,10 @@ def test_a_begun_assistant_turn_is_read_once_by_a_reward_model():
     judge = RewardModel(classifier(), tokenizer())
     prompt = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
     answer = [{"role": "assistant", "content": "w6 w7"}]
-    assert judge._text(prompt, answer).split() == ["w0", "w5", "w1", "w6", "w7"]
-    assert judge._text(prompt[:1], answer).split() == ["w0", "w5", "w1", "w6", "w7"]
+    for begun in (prompt, prompt[:1]):
+        ids = Render()(judge.tokenizer, begun, answer)
+        assert judge.tokenizer.decode(ids).split() == ["w0", "w5", "w1", "w6", "w7"]
+    assert judge([prompt], [answer]) == judge([prompt[:1]], [answer])
 
 
 def test_chat_template_kwargs_reach_a_reward_model():
@@ -97,8 +100,13 @@ def test_chat_template_kwargs_reach_a_reward_model():
     worded.chat_template = "{{ style }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
     given = {"chat_template_kwargs": {"style": "w9"}}
     rewards = RewardSet([classifier()], [worded], **given)
-    text = rewards.functions[0]._text([{"role": "user", "content": "w5"}], [])
-    assert text.split() == ["w9", "w5"]
+    judge, prompt = rewards.functions[0], [{"role": "user", "content": "w5"}]
+    ids = Render()(worded, prompt, [], style="w9")
+    assert worded.decode(ids).split() == ["w9", "w5"]
+    worded.chat_template = "{% for m in messages %}{{ 'w9 ' + m['content'] }} {% endfor %}"
+    plain = RewardModel(judge.model, worded)([prompt], [[]])
+    worded.chat_template = "{{ style }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    assert judge([prompt], [[]]) == plain
 
 
 def test_one_tokenizer_is_not_that_of_two_reward_models():
